@@ -1,0 +1,48 @@
+"""Small array functions with the derivatives and dtypes that the library needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """``count + 1``, saturating at the largest value of its dtype."""
+    return jnp.where(count < jnp.iinfo(count.dtype).max, count + 1, count)
+
+
+def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Selects leaf by leaf, keeping the dtype of ``old``; ``condition`` broadcasts."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o).astype(o.dtype), new, old)
+
+
+@jax.custom_jvp
+def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """``numerator / denominator``, zero where the denominator is zero.
+
+    The derivative that JAX gives a quotient contains ``denominator**-2``, which overflows
+    at 1e-20 although the derivative of the ratio is harmless.
+    """
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
+
+
+@safe_ratio.defjvp
+def _safe_ratio_jvp(primals, tangents):
+    numerator, denominator = primals
+    ratio = safe_ratio(numerator, denominator)
+    return ratio, safe_ratio(tangents[0] - ratio * tangents[1], denominator)
+
+
+@jax.custom_jvp
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of a non-negative array, with derivative zero at zero."""
+    return jnp.sqrt(x)
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals, tangents):
+    root = safe_sqrt(primals[0])
+    return root, safe_ratio(tangents[0], 2 * root)

@@ -1,0 +1,119 @@
+"""Eager checks of factory arguments: each error names argument, allowed range and value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+    schedule: bool = False,
+    optional: bool = False,
+) -> None:
+    """Raises unless ``value`` is a real scalar inside the range.
+
+    Only the shape and dtype of a traced value can be checked; its range is not. A
+    ``schedule`` (a callable of the step count) is accepted where the factory says so.
+    """
+    if (optional and value is None) or (schedule and callable(value)):
+        return
+    left, right = "(" if open_minimum else "[", ")" if open_maximum else "]"
+    allowed = f"a real scalar in {left}{minimum:g}, {maximum:g}{right}"
+    if schedule:
+        allowed += " or a schedule (a callable of the step count)"
+    if optional:
+        allowed += " or None"
+    if not isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array)) or isinstance(
+        value, (bool, np.bool_)
+    ):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be {allowed}, got an array of shape {np.shape(value)}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = _to_float(name, value, allowed)
+    too_low = number <= minimum if open_minimum else number < minimum
+    too_high = number >= maximum if open_maximum else number > maximum
+    if math.isnan(number) or too_low or too_high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def _to_float(name: str, value: Any, allowed: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be {allowed}, got {value!r}.") from error
+
+
+def check_count(name: str, value: Any, *, minimum: int = 1, optional: bool = False) -> None:
+    """Raises unless ``value`` is a static Python integer ``>= minimum``."""
+    if optional and value is None:
+        return
+    allowed = f"an integer >= {minimum}" + (" or None" if optional else "")
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} must be {allowed} known when the transformation is built, got a JAX array. "
+            f'Under optax.inject_hyperparams pass static_args=("{name}",).'
+        )
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices}, got {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a Python bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_scope(scope: Any) -> None:
+    """Raises unless ``scope`` names a grouping of elements into norms."""
+    if not callable(scope):
+        allowed = '"global", "leaf", "unit" or a callable (path, leaf) -> axes | None'
+        if not isinstance(scope, str):
+            raise TypeError(f"scope must be {allowed}, got {scope!r}.")
+        if scope not in ("global", "leaf", "unit"):
+            raise ValueError(f"scope must be {allowed}, got {scope!r}.")
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Raises unless ``axis_name`` is None, a name, or a tuple of names."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not (names and all(isinstance(n, str) for n in names)):
+        raise TypeError(
+            "axis_name must be None, a mesh axis name or a tuple of mesh axis names, "
+            f"got {axis_name!r}."
+        )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless ``value`` looks like an Optax gradient transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        hint = ""
+        if isinstance(value, Callable):
+            hint = " Call the factory first, for example optax.adam(1e-3)."
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {value!r} "
+            f"of type {type(value).__name__}.{hint}"
+        )

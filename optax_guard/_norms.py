@@ -1,0 +1,331 @@
+"""Euclidean norms of gradients, right over the full range of their dtype, in one read.
+
+``measure`` sums squares in float32 (float64 for float64 leaves). Where such a sum leaves
+the range in which it is accurate, a cold branch reads the gradients again at two other
+scales, fixed powers of two, so that 1e-37 does not underflow and 3e38 does not overflow.
+With ``axis_name`` the branch stays local to each device and the sums of all three scales
+travel in one ``psum``: no collective depends on data.
+
+``rescale`` multiplies by ``limit / norm`` as two factors, since the quotient itself may be
+subnormal. Both have derivative rules, because those of the parts overflow where the
+derivative of the whole is finite (at zero, at 1e-30, and next to a NaN).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._scopes import Groups, make_groups
+
+AxisName = str | tuple[str, ...] | None
+
+class _Range(NamedTuple):
+    """Sums of squares in [low, high] are accurate; ``up`` and ``down`` rescale the others."""
+
+    low: float
+    high: float
+    up: float
+    down: float
+
+
+_RANGES = {
+    np.dtype("float32"): _Range(2.0**-66, 2.0**126, 2.0**80, 2.0**-100),
+    np.dtype("float64"): _Range(2.0**-400, 2.0**1000, 2.0**500, 2.0**-600),
+}
+
+
+class Measurement(NamedTuple):
+    """Norms of gradients.
+
+    Attributes:
+      norms: for each block the norms; a finite gradient never gives inf (saturated).
+      scaled: for each block the norms times a small power of two, for norms past float32.
+      finite: for each block, whether all elements of the group are finite.
+      leaf_norms: float32 ``[leaves]``.
+      leaf_finite: bool ``[leaves]``.
+    """
+
+    norms: tuple[jax.Array, ...]
+    scaled: tuple[jax.Array, ...]
+    finite: tuple[jax.Array, ...]
+    leaf_norms: jax.Array
+    leaf_finite: jax.Array
+
+
+def squared_sum(
+    leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: float = 1.0
+) -> jax.Array:
+    """Sum of ``|scale * leaf|**2`` over ``axes``, in ``dtype``, shape as in ``Groups.blocks``."""
+    if jnp.iscomplexobj(leaf):
+        real, imag = (squared_sum(part, axes, dtype, scale) for part in (leaf.real, leaf.imag))
+        return real + imag
+    if leaf.dtype != dtype:
+        # Without the barrier XLA shares one float32 copy with the optimizer: 3x the bytes.
+        leaf = lax.optimization_barrier(leaf).astype(dtype)
+    if scale != 1.0:
+        leaf = leaf * jnp.asarray(scale, dtype)
+    if len(axes) == leaf.ndim:
+        # A dot product, because XLA merges sum(g * g) with the g * g of Adam into one
+        # materialised square. HIGHEST: TPUs would multiply in bfloat16.
+        return lax.dot_general(
+            leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        )
+    return jnp.sum(leaf * leaf, axis=axes, keepdims=True)
+
+
+class _Sums(NamedTuple):
+    """Sums of squares at three scales, each in the form of ``Groups.stack``."""
+
+    down: tuple[jax.Array, ...]
+    plain: tuple[jax.Array, ...]
+    up: tuple[jax.Array, ...]
+
+
+def _sums_at_all_scales(
+    leaves: Sequence[jax.Array], groups: Groups, small_norms_matter: jax.Array
+) -> _Sums:
+    """Sums of squares; the two rescaled ones are read off the gradients only when needed."""
+    r = _RANGES[groups.dtype]
+
+    def sums(leaves, scale):
+        return groups.stack(
+            [
+                squared_sum(leaf, axes, groups.dtype, scale)
+                for leaf, axes in zip(leaves, groups.axes, strict=True)
+            ]
+        )
+
+    plain = sums(leaves, 1.0)
+
+    def from_plain(leaves):
+        del leaves
+        roots = [jnp.sqrt(part) for part in plain]
+        return tuple((root * r.down) ** 2 for root in roots), tuple(
+            (root * r.up) ** 2 for root in roots
+        )
+
+    def from_leaves(leaves):
+        return sums(leaves, r.down), sums(leaves, r.up)
+
+    too_large = [jnp.any(~(part <= r.high)) for part in plain]
+    too_small = [jnp.any(part < r.low) for part in groups.total(plain)]
+    is_cold = _any(too_large) | (_any(too_small) & small_norms_matter)
+    if all(leaf.dtype == jnp.float16 for leaf in leaves):
+        is_cold = jnp.asarray(False)  # squares of float16 always fit float32
+    down, up = lax.cond(is_cold, from_leaves, from_plain, tuple(leaves))
+    return _Sums(down, plain, up)
+
+
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
+
+
+def psum(tree: Any, axis_name: AxisName) -> Any:
+    """One ``psum`` of all arrays of a tree that share a dtype; the identity without axes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if axis_name is None or not leaves:
+        return tree
+    flat = lax.psum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), axis_name)
+    parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def _root(
+    down: jax.Array, plain: jax.Array, up: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norm, scaled norm and finiteness from the sums of squares at three scales."""
+    r = _RANGES[np.dtype(plain.dtype)]
+    is_finite = jnp.isfinite(down)
+    scaled = jnp.sqrt(down)
+    saturated = jnp.minimum(scaled * (1 / r.down), jnp.finfo(plain.dtype).max)
+    large = jnp.where(is_finite, saturated, scaled)
+    small = jnp.sqrt(up) * (1 / r.up)
+    norm = jnp.where(plain < r.low, small, jnp.where(plain <= r.high, jnp.sqrt(plain), large))
+    return norm, scaled, is_finite
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _measure(
+    leaves: tuple[jax.Array, ...],
+    small_norms_matter: jax.Array,
+    groups: Groups,
+    axis_name: AxisName,
+) -> Measurement:
+    sums = psum(_sums_at_all_scales(leaves, groups, small_norms_matter), axis_name)
+    roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
+    norms, scaled, finite = zip(*roots, strict=True) if roots else ((), (), ())
+    leaf_norms, _, leaf_finite = _root(*map(groups.leaf_vector, sums))
+    return Measurement(norms, scaled, finite, leaf_norms.astype(jnp.float32), leaf_finite)
+
+
+@_measure.defjvp
+def _measure_jvp(groups, axis_name, primals, tangents):
+    leaves, _ = primals
+    leaf_dots, _ = tangents
+    result = _measure(*primals, groups, axis_name)
+    down = _RANGES[groups.dtype].down
+
+    def tangent(groups, norms, scaled, finite):
+        # d|g| = <g, dg> / |g|; zero where the norm is zero or not finite.
+        ones = tuple(jnp.ones_like(norm) for norm in norms)
+        firsts, seconds = map(groups.spread, _factors(norms, scaled, ones))
+        is_usable = groups.spread(
+            [is_finite & (norm > 0) for is_finite, norm in zip(finite, norms, strict=True)]
+        )
+        terms = []
+        for i, (leaf, axes) in enumerate(zip(leaves, groups.axes, strict=True)):
+            wide = _widen(jnp.where(is_usable[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
+            unit = _times(wide, firsts[i], seconds[i])
+            product = jnp.real(jnp.conj(unit) * leaf_dots[i].astype(unit.dtype))
+            terms.append(jnp.sum(product, axis=axes, keepdims=len(axes) < leaf.ndim))
+        return groups.total(psum(groups.stack(terms), axis_name))
+
+    norms = tangent(groups, result.norms, result.scaled, result.finite)
+    whole = make_groups("leaf", [], leaves)
+    leaf_norms = result.leaf_norms.astype(groups.dtype)
+    (leaf_norms_dot,) = tangent(whole, [leaf_norms], [leaf_norms * down], [result.leaf_finite])
+    return result, Measurement(
+        norms=norms,
+        scaled=tuple(dot * down for dot in norms),
+        finite=tuple(np.zeros(flag.shape, jax.dtypes.float0) for flag in result.finite),
+        leaf_norms=leaf_norms_dot.astype(jnp.float32),
+        leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),
+    )
+
+
+def measure_name(axis_name: AxisName) -> str:
+    """Name under which a measurement over these axes appears in a jaxpr.
+
+    By it the guard recognises the measurement of a clip inside the optimizer that it wraps.
+    """
+    return f"optax_guard_measure_{axis_name}"
+
+
+@functools.cache
+def _jitted_measure(axis_name: AxisName) -> Any:
+    def run(leaves, small_norms_matter, groups):
+        return _measure(leaves, small_norms_matter, groups, axis_name)
+
+    run.__name__ = run.__qualname__ = measure_name(axis_name)
+    return jax.jit(run, static_argnums=2)
+
+
+def measure(
+    leaves: Sequence[jax.Array],
+    groups: Groups,
+    *,
+    axis_name: AxisName = None,
+    small_norms_matter: jax.Array | bool = True,
+) -> Measurement:
+    """Norms of groups of elements and of every leaf, from one read of the leaves.
+
+    Args:
+      leaves: inexact arrays.
+      groups: which elements share a norm.
+      axis_name: mesh axes over which the leaves are sharded.
+      small_norms_matter: scalar bool, false when nobody cares how far below about 1e-10 a
+        norm is, which spares arrays of zeros the second read.
+    """
+    return _jitted_measure(axis_name)(tuple(leaves), jnp.asarray(small_norms_matter), groups)
+
+
+def _factors(
+    norms: Sequence[jax.Array], scaled: Sequence[jax.Array], limits: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Two factors for each group whose product is ``limit / norm``, neither one subnormal."""
+    firsts, seconds = [], []
+    for norm, small, limit in zip(norms, scaled, limits, strict=True):
+        r = _RANGES[np.dtype(norm.dtype)]
+        tiny = float(jnp.finfo(norm.dtype).tiny)
+        is_large = norm > 1 / (4 * tiny)  # the reciprocal would be subnormal
+        divisor = jnp.where(norm > 0, norm, 1)
+        quotient = limit / divisor
+        is_plain = ~is_large & (jnp.abs(quotient) >= 2**24 * tiny) & (norm >= tiny)
+        is_plain &= jnp.isfinite(quotient)
+        first = jnp.where(is_large, r.down, 1 / divisor)
+        second = jnp.where(is_large, limit / jnp.where(small > 0, small, 1), limit)
+        firsts.append(jnp.where(is_plain, 1, first))
+        seconds.append(jnp.where(is_plain, quotient, second))
+    return firsts, seconds
+
+
+def _widen(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """``leaf`` in at least the precision of ``dtype``."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+
+
+def _times(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """``leaf * first * second`` in the precision of the factors, in the dtype of the leaf."""
+    if jnp.iscomplexobj(leaf):
+        # A complex product would turn Inf into NaN and -0.0 into 0.0.
+        real, imag = (_times(part, first, second) for part in (leaf.real, leaf.imag))
+        return lax.complex(real, imag)
+    return ((_widen(leaf, first.dtype) * first) * second).astype(leaf.dtype)
+
+
+class Scaling(NamedTuple):
+    """How to bring groups to ``limits``: blocks of norms, scaled norms, limits and verdicts."""
+
+    norms: tuple[jax.Array, ...]
+    scaled: tuple[jax.Array, ...]
+    limits: tuple[jax.Array, ...]
+    active: tuple[jax.Array, ...]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> tuple:
+    """Gives each active group the norm ``limit``; the others keep every bit."""
+    firsts, seconds = _factors(scaling.norms, scaling.scaled, scaling.limits)
+    pairs = list(zip(firsts, seconds, scaling.active, strict=True))
+    firsts = groups.spread([jnp.where(active, first, 1) for first, _, active in pairs])
+    seconds = groups.spread([jnp.where(active, second, 1) for _, second, active in pairs])
+    return tuple(map(_times, leaves, firsts, seconds))
+
+
+@rescale.defjvp
+def _rescale_jvp(groups, primals, tangents):
+    # u = g L/n, so du = (dg - (g/n) dn) L/n + (g/n) dL. Every factor is finite where u is.
+    leaves, scaling = primals
+    leaf_dots, scaling_dot = tangents
+    ones = tuple(jnp.ones_like(norm) for norm in scaling.norms)
+    norms, scaled, limits = (
+        tuple(map(jnp.where, scaling.active, blocks, ones))
+        for blocks in (scaling.norms, scaling.scaled, scaling.limits)
+    )
+    unit_factors = [groups.spread(factor) for factor in _factors(norms, scaled, ones)]
+    factors = [groups.spread(factor) for factor in _factors(norms, scaled, limits)]
+    active = groups.spread(scaling.active)
+    norm_dots = groups.spread(scaling_dot.norms)
+    limit_dots = groups.spread(scaling_dot.limits)
+    result = []
+    for i, (leaf, dot) in enumerate(zip(leaves, leaf_dots, strict=True)):
+        wide = _widen(jnp.where(active[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
+        unit = _times(wide, unit_factors[0][i], unit_factors[1][i])
+        across = dot.astype(unit.dtype) - unit * norm_dots[i]
+        moved = _times(across, factors[0][i], factors[1][i]) + unit * limit_dots[i]
+        result.append(jnp.where(active[i], moved.astype(leaf.dtype), dot))
+    return rescale(leaves, scaling, groups), tuple(result)
+
+
+def combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
+    """Norm over all leaves from their norms; infinite or NaN as they are.
+
+    Relative to the largest norm, so that no square overflows.
+    """
+    is_usable = leaf_finite & (leaf_norms > 0)
+    largest = jnp.max(jnp.where(is_usable, leaf_norms, 0), initial=0)
+    divisor = jnp.where(largest > 0, largest, 1)
+    ratios = jnp.where(is_usable, leaf_norms, 0) / divisor
+    total = jnp.sum(ratios * ratios)
+    norm = jnp.where(total > 0, divisor * jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+    norm = jnp.minimum(norm, jnp.finfo(norm.dtype).max)
+    return jnp.where(jnp.all(leaf_finite), norm, jnp.sum(jnp.where(leaf_finite, 0, leaf_norms)))

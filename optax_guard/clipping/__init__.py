@@ -1,0 +1,1 @@
+"""Clipping transformations, one rule a file."""

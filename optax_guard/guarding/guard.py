@@ -1,0 +1,392 @@
+"""The guard: steps that would poison a run are skipped, counted and explained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._arrays import increment, tree_where
+from optax_guard._checks import check_axis_name, check_count, check_flag, check_transformation
+from optax_guard._norms import AxisName, combine, psum
+from optax_guard._trees import float_leaves, is_inexact, strong
+from optax_guard.clipping.by_norm import clip_by_norm
+from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
+from optax_guard.guarding.conditions import Condition
+
+GRADIENT = 1
+LOSS_VALUE = 2
+PROPOSAL = 4
+CONDITION = 8
+ALREADY_NONFINITE = 16
+
+
+class GuardState(NamedTuple):
+    """State of :func:`guard`: that of the wrapped optimizer, and 40 + 10 * leaves bytes.
+
+    Attributes:
+      inner_state: state of the wrapped optimizer.
+      guard_step: int32, calls so far, skipped ones included.
+      skipped_total: int32.
+      skipped_in_a_row: int32.
+      last_step_skipped: bool.
+      skip_reason: int32 bit mask of the last call: 0 accepted, 1 gradient, 2 loss value, 4
+        proposed update or state, 8 condition, 16 parameters or state were already non-finite.
+      gave_up: bool, latched by too many skips in a row or by reason 16.
+      grad_norm: float32, global norm of the last call's gradients, before any clipping.
+      leaf_norms: float32 ``[float leaves]``, norms of the leaves in order.
+      last_fault_step: int32, the ``guard_step`` that counted the last skipped call; 0 for none.
+      last_fault_reason: int32 bit mask.
+      last_fault_leaves: bool ``[float leaves]``, which gradients were non-finite then.
+      last_fault_norms: float32 ``[float leaves]``, norms of the leaves then.
+      initially_nonfinite: bool ``[float leaves of inner_state]``, fields that ``init`` filled
+        with non-finite numbers, such as a best loss of +inf; they never count as a fault.
+      condition_states: one state for each condition of ``skip_if``.
+    """
+
+    inner_state: Any
+    guard_step: jax.Array
+    skipped_total: jax.Array
+    skipped_in_a_row: jax.Array
+    last_step_skipped: jax.Array
+    skip_reason: jax.Array
+    gave_up: jax.Array
+    grad_norm: jax.Array
+    leaf_norms: jax.Array
+    last_fault_step: jax.Array
+    last_fault_reason: jax.Array
+    last_fault_leaves: jax.Array
+    last_fault_norms: jax.Array
+    initially_nonfinite: jax.Array
+    condition_states: tuple[Any, ...]
+
+
+def guard(
+    inner: optax.GradientTransformation,
+    *,
+    skip_if: Condition | Sequence[Condition] = (),
+    max_consecutive_skips: int | None = 100,
+    check_update: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips every step that would make parameters or optimizer state non-finite.
+
+    A step is skipped when
+
+    * any element of the gradients is NaN or Inf (reason 1),
+    * ``value=`` (the loss) was passed to ``update`` and is NaN or Inf (reason 2),
+    * ``check_update=True`` and ``inner`` turns finite inputs into a non-finite update or state
+      (reason 4),
+    * a condition in ``skip_if`` says so (reason 8).
+
+    On a skip the update is -0.0, which changes no bit of any parameter, and every leaf of the
+    inner state stays bitwise what it was: moments, schedule counts, PRNG keys, clip histories. A
+    run with faulty steps ends bitwise where the same compiled function ends that saw only the
+    healthy ones. The guard never accepts a non-finite gradient. After ``max_consecutive_skips``
+    skips in a row ``gave_up`` is set for good; nothing else changes, and :func:`check` raises on
+    the host. The first step is judged like every other.
+
+    When a gradient is non-finite, parameters and inner state are looked at too. If one of them
+    was non-finite already, reason 16 is added and ``gave_up`` set at once: no later step can
+    heal it.
+
+    What lives outside the optimizer (BatchNorm statistics, step counters) is not held back:
+    use :func:`step_ok` and :func:`select`.
+
+    Args:
+      inner: the optimizer to protect, clips included: ``guard(chain(clip, optimizer))``.
+      skip_if: a condition such as :func:`norm_above` or :func:`spike`, or several.
+      max_consecutive_skips: static integer >= 1, or None to never give up.
+      check_update: also judge what ``inner`` proposes. Catches an inner that breaks by itself
+        (Adam's eps underflows in float16, a schedule returns NaN, lr * g overflows). Costs one
+        more evaluation of ``inner`` and one more reduction. Off by default: then such poison is
+        found one step later, as reason 16.
+      axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
+        all devices then take the same decision. Not needed under plain ``jit``.
+
+    Returns:
+      A transformation that passes extra args on to ``inner``, less those that it does not take.
+      Updates have the dtype that ``inner`` gives them. Cost: one read of the gradients, which a
+      clip of this library inside ``inner`` shares; no copy of the state.
+
+    Raises:
+      ValueError: if ``max_consecutive_skips`` is not positive.
+      TypeError: if an argument has the wrong type, or, from ``update``, if ``inner`` changes
+        structure or shapes of its state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+      >>> tx = og.guard(optax.adam(0.1))
+      >>> bad = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
+      >>> updates, state = tx.update(bad, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"]
+      Array([1., 1.], dtype=float32)
+      >>> print(og.explain(state, params))  # doctest: +ELLIPSIS
+      Step 1 was skipped: ...
+
+    References:
+      ``optax.apply_if_finite`` is the model. It accepts a NaN after too many in a row, takes
+      gradients and updates of the same dtype only, and costs several copies of the state.
+    """
+    check_transformation("inner", inner)
+    check_count("max_consecutive_skips", max_consecutive_skips, optional=True)
+    check_flag("check_update", check_update)
+    check_axis_name(axis_name)
+    conditions = _check_conditions(skip_if)
+    inner_update = _tolerant_update(inner)
+
+    def init(params):
+        inner_state = jax.tree.map(strong, inner.init(params))
+        num_leaves = len(float_leaves(_gradient_like(params)).arrays)
+        zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool_)
+        return GuardState(
+            inner_state=inner_state,
+            guard_step=zero,
+            skipped_total=zero,
+            skipped_in_a_row=zero,
+            last_step_skipped=false,
+            skip_reason=zero,
+            gave_up=false,
+            grad_norm=jnp.zeros((), jnp.float32),
+            leaf_norms=jnp.zeros((num_leaves,), jnp.float32),
+            last_fault_step=zero,
+            last_fault_reason=zero,
+            last_fault_leaves=jnp.zeros((num_leaves,), jnp.bool_),
+            last_fault_norms=jnp.zeros((num_leaves,), jnp.float32),
+            initially_nonfinite=_stack_flags(
+                [~jnp.all(jnp.isfinite(leaf)) for leaf in _inexact(inner_state)]
+            ),
+            condition_states=tuple(condition.init() for condition in conditions),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        proposal = propose(inner_update, updates, state.inner_state, params, extra_args)
+        leaf_norms, leaf_finite, known = measure_gradients(proposal, axis_name)
+        grad_norm = combine(leaf_norms, leaf_finite)
+        value = _shared_value(extra_args.get("value"), axis_name)
+        bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
+        bad_proposal, bad_updates = jnp.asarray(False), None
+        if check_update:
+            bad_proposal, bad_updates = _judge_proposal(proposal, state, axis_name)
+
+        is_finite = jnp.all(leaf_finite) & ~bad_value
+        rejected, condition_states = _judge_conditions(
+            conditions, is_finite, bad_proposal, grad_norm, value, state.condition_states
+        )
+        bad_proposal &= is_finite
+        ok = is_finite & ~bad_proposal & ~rejected
+        was_poisoned = lax.cond(
+            is_finite & ~bad_proposal,
+            lambda *_: jnp.asarray(False),
+            _has_nonfinite,
+            params,
+            state.inner_state,
+            state.initially_nonfinite,
+        )
+        was_poisoned = _any_device(was_poisoned, axis_name)
+        reason = _bits(
+            (GRADIENT, ~jnp.all(leaf_finite)),
+            (LOSS_VALUE, bad_value),
+            (PROPOSAL, bad_proposal),
+            (CONDITION, rejected),
+            (ALREADY_NONFINITE, was_poisoned),
+        )
+        new_updates, inner_state = run(proposal, ok, known)
+        fault_leaves = ~leaf_finite
+        if bad_updates is not None and bad_updates.shape == fault_leaves.shape:
+            fault_leaves |= bad_updates & bad_proposal
+        new_state = _record(
+            state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states
+        )
+        return new_updates, new_state
+
+    def _record(
+        state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states
+    ):
+        skipped = reason > 0
+        in_a_row = jnp.where(skipped, increment(state.skipped_in_a_row), 0)
+        gave_up = state.gave_up | ((reason & ALREADY_NONFINITE) > 0)
+        if max_consecutive_skips is not None:
+            gave_up |= in_a_row >= max_consecutive_skips
+        step = increment(state.guard_step)
+        fault = (step, reason, fault_leaves, leaf_norms)
+        last_fault = tree_where(
+            skipped,
+            fault,
+            (
+                state.last_fault_step,
+                state.last_fault_reason,
+                state.last_fault_leaves,
+                state.last_fault_norms,
+            ),
+        )
+        return GuardState(
+            inner_state,
+            step,
+            jnp.where(skipped, increment(state.skipped_total), state.skipped_total),
+            in_a_row,
+            skipped,
+            reason,
+            gave_up,
+            grad_norm.astype(jnp.float32),
+            leaf_norms,
+            *last_fault,
+            state.initially_nonfinite,
+            condition_states,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    clip: optax.GradientTransformation | None = None,
+    **guard_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips gradients and guards the optimizer: ``guard(chain(clip, optimizer))``.
+
+    The default clip is ``clip_by_norm(1.0)``. On the tasks of the README it is the one rule
+    without history that survives every fault at every step, the first one included; adaptive
+    rules without an absolute limit do not. It is not free: where healthy gradients are longer
+    than 1 it slows plain SGD down (a 784-128-64-10 network on 5000 MNIST images at learning
+    rate 0.1 loses 1.2 points after 4 epochs). Adam is hardly touched, being indifferent to the
+    gradients' scale. If your norms are much larger than 1, pass a clip of your own.
+
+    Args:
+      optimizer: the optimizer to protect.
+      clip: what to put before it; None for ``clip_by_norm(1.0)``. ``optax.identity()`` for none.
+      **guard_options: passed to :func:`guard`; ``axis_name`` is given to the default clip, too.
+
+    Returns:
+      A transformation; see :func:`guard` for its state and cost. Clip and guard share one
+      read of the gradients.
+
+    Raises:
+      TypeError: if ``optimizer`` or ``clip`` is no transformation; see also :func:`guard`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.stabilize(optax.sgd(1.0))
+      >>> updates, _ = tx.update(jnp.array([30.0, 40.0]), tx.init(jnp.zeros(2)))
+      >>> updates
+      Array([-0.6, -0.8], dtype=float32)
+    """
+    check_transformation("optimizer", optimizer)
+    if clip is None:
+        clip = clip_by_norm(1.0, axis_name=guard_options.get("axis_name"))
+    check_transformation("clip", clip)
+    return guard(optax.chain(clip, optimizer), **guard_options)
+
+
+def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
+    conditions = (skip_if,) if isinstance(skip_if, Condition) else skip_if
+    if not isinstance(conditions, (tuple, list)) or not all(
+        isinstance(condition, Condition) for condition in conditions
+    ):
+        raise TypeError(
+            "skip_if must be a condition such as og.spike() or og.norm_above(10.0), "
+            f"or a tuple of them, got {skip_if!r}."
+        )
+    return tuple(conditions)
+
+
+def _tolerant_update(inner: optax.GradientTransformation) -> Any:
+    """``inner.update`` without the extra args that it does not take."""
+    update = optax.with_extra_args_support(inner).update
+    kinds = inspect.signature(update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in kinds):
+        return update
+    names = {parameter.name for parameter in kinds}
+
+    def tolerant(updates, state, params=None, **extra_args):
+        known = {name: value for name, value in extra_args.items() if name in names}
+        return update(updates, state, params, **known)
+
+    return tolerant
+
+
+def _gradient_like(params: Any) -> Any:
+    """The part of ``params`` whose structure the gradients have."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _inexact(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
+def _stack_flags(flags: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(flags) if flags else jnp.zeros((0,), jnp.bool_)
+
+
+def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:
+    total = jnp.zeros((), jnp.int32)
+    for bit, holds in reasons:
+        total += jnp.where(holds, bit, 0).astype(jnp.int32)
+    return total
+
+
+def _any_device(flag: jax.Array, axis_name: AxisName) -> jax.Array:
+    return flag if axis_name is None else psum(flag.astype(jnp.int32), axis_name) > 0
+
+
+def _shared_value(value: Any, axis_name: AxisName) -> jax.Array | None:
+    """The loss, averaged over devices that each have their own; NaN on one is NaN on all."""
+    if value is None:
+        return None
+    value = jnp.mean(jnp.asarray(value))
+    return value if axis_name is None else lax.pmean(value, axis_name)
+
+
+def _leaf_is_nonfinite(leaf: jax.Array) -> jax.Array:
+    # 0 * x is 0 for every finite x, however large, and NaN for every other.
+    return ~jnp.isfinite(jnp.sum(leaf * jnp.zeros((), leaf.dtype)))
+
+
+def _has_nonfinite(params: Any, inner_state: Any, is_exempt: jax.Array) -> jax.Array:
+    in_params = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(params)])
+    in_state = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(inner_state)])
+    return jnp.any(in_params) | jnp.any(in_state & ~is_exempt)
+
+
+def _judge_proposal(
+    proposal: Proposal, state: GuardState, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """Whether the proposed updates or state are non-finite, and which leaves of the updates."""
+    updates, new_state = evaluate(proposal)
+    bad_updates = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(updates)])
+    pairs = zip(new_state, jax.tree.leaves(state.inner_state), strict=True)
+    bad_state = _stack_flags([_leaf_is_nonfinite(new) for new, old in pairs if is_inexact(old)])
+    is_bad = jnp.any(bad_updates) | jnp.any(bad_state & ~state.initially_nonfinite)
+    return _any_device(is_bad, axis_name), bad_updates
+
+
+def _judge_conditions(
+    conditions: Sequence[Condition],
+    is_finite: jax.Array,
+    bad_proposal: jax.Array,
+    grad_norm: jax.Array,
+    value: Any,
+    states: tuple[Any, ...],
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Whether any condition rejects a finite step, and the states that follow."""
+    verdicts, proposed = [], []
+    safe_norm = jnp.where(is_finite, grad_norm, 0)
+    safe_value = None if value is None else jnp.where(is_finite, value, 0)
+    for condition, state in zip(conditions, states, strict=True):
+        rejects, new_state = condition.judge(safe_norm, safe_value, state)
+        verdicts.append(rejects & is_finite)
+        proposed.append(new_state)
+    any_rejects = jnp.any(_stack_flags(verdicts)) if verdicts else jnp.asarray(False)
+    is_accepted = is_finite & ~any_rejects & ~bad_proposal
+    new_states = tuple(
+        tree_where(is_accepted | rejects, new, old)
+        for rejects, new, old in zip(verdicts, proposed, states, strict=True)
+    )
+    return any_rejects, new_states

@@ -1,0 +1,1 @@
+"""Reading optimizer states: numbers, words, pictures."""

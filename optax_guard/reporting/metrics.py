@@ -1,0 +1,118 @@
+"""Numbers for a training log, read off an optimizer state on the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard.guarding.guard import GuardState
+from optax_guard.reporting._states import is_own_state, own_states, states_of_type
+
+
+def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
+    """Collects the scalars of every state of this library.
+
+    Args:
+      opt_state: any pytree that holds optimizer states at any depth: an Optax state, a Linen
+        ``TrainState``, an ``nnx.Optimizer``, an Equinox module.
+      prefix: put before each name.
+
+    Returns:
+      ``{prefix + field: scalar array}``. The keys depend on the structure of the state only. The
+      second state of a kind gets ``prefix + "2/"``, and so on. Pure, callable under ``jit``;
+      nothing is transferred to the host.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> float(og.metrics(state)["guard/grad_norm"])
+      5.0
+    """
+    result = {}
+    seen: Counter[str] = Counter()
+    for state in own_states(opt_state):
+        kind = type(state).__name__
+        seen[kind] += 1
+        place = prefix if seen[kind] == 1 else f"{prefix}{seen[kind]}/"
+        for field, value in zip(state._fields, state, strict=True):
+            scalar = _as_scalar(value)
+            if scalar is not None:
+                result[place + field] = scalar
+    return result
+
+
+def _as_scalar(value: Any) -> jax.Array | None:
+    """The field as an array if it is a single number, also when Flax has wrapped it."""
+    if is_own_state(value):
+        return None
+    leaves = jax.tree.leaves(value)
+    is_scalar = len(leaves) == 1 and jnp.shape(leaves[0]) == () and not isinstance(value, tuple)
+    return jnp.asarray(leaves[0]) if is_scalar else None
+
+
+def step_ok(opt_state: Any) -> jax.Array:
+    """Tells whether every guard in ``opt_state`` accepted the last step.
+
+    Args:
+      opt_state: any pytree that holds at least one :class:`GuardState`.
+
+    Returns:
+      bool scalar array; callable under ``jit``.
+
+    Raises:
+      ValueError: if there is no guard in ``opt_state``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> _, state = tx.update(jnp.array([jnp.inf]), tx.init(jnp.zeros(1)))
+      >>> bool(og.step_ok(state))
+      False
+    """
+    skipped = [first_leaf(state.last_step_skipped) for state in guard_states(opt_state)]
+    return ~jnp.any(jnp.stack(skipped))
+
+
+def guard_states(opt_state: Any) -> list[GuardState]:
+    """The guards in ``opt_state``, or an error that says what to do."""
+    guards = states_of_type(opt_state, GuardState)
+    if not guards:
+        raise ValueError(
+            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
+            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
+        )
+    return guards
+
+
+def first_leaf(value: Any) -> jax.Array:
+    """An array, taken out of the Flax variable that may hold it."""
+    return jnp.asarray(jax.tree.leaves(value)[0])
+
+
+def select(ok: jax.Array, new: Any, old: Any) -> Any:
+    """Keeps ``new`` if ``ok``, else ``old``, leaf by leaf and bit for bit.
+
+    For what a training step changes outside the optimizer: BatchNorm statistics, EMA weights,
+    step counters, PRNG keys.
+
+    Args:
+      ok: bool scalar, as :func:`step_ok` gives.
+      new: pytree of arrays.
+      old: pytree of the same structure, shapes and dtypes.
+
+    Returns:
+      The chosen tree.
+
+    Raises:
+      ValueError: if the structures differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> og.select(jnp.array(False), {"mean": jnp.array(jnp.nan)}, {"mean": jnp.array(0.5)})
+      {'mean': Array(0.5, dtype=float32)}
+    """
+    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)

@@ -1,0 +1,47 @@
+"""Test-wide set-up: eight virtual CPU devices, no display, reproducible property tests."""
+
+from __future__ import annotations
+
+import os
+
+# The flags below are read when JAX starts, so they come before its first import.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Iterator  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Every setting is named, because hypothesis picks other defaults where it sees CI. Compiling is
+# slow and leaves nothing behind in a fixture, so those two health checks would only mislead.
+hypothesis.settings.register_profile(
+    "default_suite",
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    parent=hypothesis.settings.get_profile("default_suite"),
+    max_examples=500,
+    derandomize=False,
+)
+hypothesis.settings.load_profile("default_suite")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Runs the test with float64 enabled."""
+    with jax.enable_x64(True):
+        yield
