@@ -59,18 +59,13 @@ class Measurement(NamedTuple):
     leaf_finite: jax.Array
 
 
-def squared_sum(
-    leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: float = 1.0
-) -> jax.Array:
-    """Sum of ``|scale * leaf|**2`` over ``axes``, in ``dtype``, shape as in ``Groups.blocks``."""
+def squared_sum(leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """Sum of ``|leaf|**2`` over ``axes``, in ``dtype``, shape as in ``Groups.blocks``."""
     if jnp.iscomplexobj(leaf):
-        real, imag = (squared_sum(part, axes, dtype, scale) for part in (leaf.real, leaf.imag))
-        return real + imag
-    if leaf.dtype != dtype:
-        # Without the barrier XLA shares one float32 copy with the optimizer: 3x the bytes.
-        leaf = lax.optimization_barrier(leaf).astype(dtype)
-    if scale != 1.0:
-        leaf = leaf * jnp.asarray(scale, dtype)
+        return squared_sum(leaf.real, axes, dtype) + squared_sum(leaf.imag, axes, dtype)
+    # Without the barrier XLA finds the squares that Adam needs too, and the float32 copy of a
+    # bfloat16 leaf, and writes them to memory to share them: up to 3x the bytes.
+    leaf = lax.optimization_barrier(leaf).astype(dtype)
     if len(axes) == leaf.ndim:
         # A dot product, because XLA merges sum(g * g) with the g * g of Adam into one
         # materialised square. HIGHEST: TPUs would multiply in bfloat16.
@@ -78,6 +73,17 @@ def squared_sum(
             leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
         )
     return jnp.sum(leaf * leaf, axis=axes, keepdims=True)
+
+
+def _rescaled_sum(
+    leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array
+) -> jax.Array:
+    """Sum of ``|scale * leaf|**2``; no dot product, which would need ``scale * leaf`` in memory."""
+    if jnp.iscomplexobj(leaf):
+        parts = (leaf.real, leaf.imag)
+        return sum(_rescaled_sum(part, axes, dtype, scale) for part in parts)
+    scaled = leaf.astype(dtype) * scale
+    return jnp.sum(scaled * scaled, axis=axes, keepdims=len(axes) < leaf.ndim)
 
 
 class _Sums(NamedTuple):
@@ -93,38 +99,49 @@ def _sums_at_all_scales(
 ) -> _Sums:
     """Sums of squares; the two rescaled ones are read off the gradients only when needed."""
     r = _RANGES[groups.dtype]
+    plain = groups.stack(
+        [
+            squared_sum(leaf, axes, groups.dtype)
+            for leaf, axes in zip(leaves, groups.axes, strict=True)
+        ]
+    )
 
-    def sums(leaves, scale):
-        return groups.stack(
-            [
-                squared_sum(leaf, axes, groups.dtype, scale)
-                for leaf, axes in zip(leaves, groups.axes, strict=True)
-            ]
-        )
-
-    plain = sums(leaves, 1.0)
-
-    def from_plain(leaves):
-        del leaves
-        roots = [jnp.sqrt(part) for part in plain]
-        return tuple((root * r.down) ** 2 for root in roots), tuple(
-            (root * r.up) ** 2 for root in roots
-        )
-
-    def from_leaves(leaves):
-        return sums(leaves, r.down), sums(leaves, r.up)
-
-    too_large = [jnp.any(~(part <= r.high)) for part in plain]
-    too_small = [jnp.any(part < r.low) for part in groups.total(plain)]
-    is_cold = _any(too_large) | (_any(too_small) & small_norms_matter)
+    is_large = tuple(~(part <= r.high) for part in plain)
+    is_small = tuple(part < r.low for part in groups.total(plain))
+    is_cold = _any(is_large) | (_any(is_small) & small_norms_matter)
     if all(leaf.dtype == jnp.float16 for leaf in leaves):
         is_cold = jnp.asarray(False)  # squares of float16 always fit float32
-    down, up = lax.cond(is_cold, from_leaves, from_plain, tuple(leaves))
-    return _Sums(down, plain, up)
+
+    def keep(leaves):
+        del leaves
+        return plain, tuple(jnp.ones_like(part) for part in groups.total(plain))
+
+    def reread(leaves):
+        large = (_any(is_large),) if groups.kind == "global" else is_large
+        scales = tuple(
+            jnp.where(too_large, r.down, jnp.where(too_small, r.up, 1.0)).astype(groups.dtype)
+            for too_large, too_small in zip(large, is_small, strict=True)
+        )
+        parts = zip(leaves, groups.axes, groups.spread(scales), strict=True)
+        return groups.stack(
+            [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
+        ), scales
+
+    sums, scales = lax.cond(is_cold, reread, keep, tuple(leaves))
+
+    # From here on everything hangs on the branch, whose outputs XLA cannot fuse with what made
+    # them; else it would repeat the sum over all leaves in the loop of every leaf.
+    def at_scale(wanted):
+        return tuple(
+            jnp.square(jnp.sqrt(part) * (wanted / scale))
+            for part, scale in zip(sums, scales, strict=True)
+        )
+
+    return _Sums(at_scale(r.down), at_scale(1.0), at_scale(r.up))
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:
-    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
+    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.asarray(False)
 
 
 def psum(tree: Any, axis_name: AxisName) -> Any:
@@ -284,11 +301,19 @@ class Scaling(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> tuple:
     """Gives each active group the norm ``limit``; the others keep every bit."""
-    firsts, seconds = _factors(scaling.norms, scaling.scaled, scaling.limits)
-    pairs = list(zip(firsts, seconds, scaling.active, strict=True))
-    firsts = groups.spread([jnp.where(active, first, 1) for first, _, active in pairs])
-    seconds = groups.spread([jnp.where(active, second, 1) for _, second, active in pairs])
-    return tuple(map(_times, leaves, firsts, seconds))
+    ones = [jnp.ones_like(norm) for norm in scaling.norms]
+
+    def some(scaling):
+        firsts, seconds = _factors(*scaling[:3])
+        return (
+            list(map(jnp.where, scaling.active, firsts, ones)),
+            list(map(jnp.where, scaling.active, seconds, ones)),
+        )
+
+    # The branch saves little, but XLA cannot fuse across it; without it all that led to the
+    # factors would be repeated in the loop of every leaf, and compiling take five times as long.
+    firsts, seconds = lax.cond(_any(scaling.active), some, lambda _: (ones, ones), scaling)
+    return tuple(map(_times, leaves, groups.spread(firsts), groups.spread(seconds)))
 
 
 @rescale.defjvp

@@ -66,8 +66,9 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
 
     def init(params):
         num_leaves = len(float_leaves(params).arrays)
-        zero = jnp.zeros((), jnp.int32)
-        return ZeroNonfiniteState(zero, zero, zero, jnp.zeros((num_leaves,), jnp.bool_))
+        # One buffer for each field: a buffer cannot be donated twice.
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return ZeroNonfiniteState(*zeros, jnp.zeros((num_leaves,), jnp.bool_))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

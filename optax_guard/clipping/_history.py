@@ -24,9 +24,9 @@ class Moments(NamedTuple):
 
 
 def zero_moments(norms: jax.ShapeDtypeStruct) -> Moments:
-    """Moments of nothing."""
-    zeros = jnp.zeros(norms.shape, norms.dtype)
-    return Moments(jnp.zeros(norms.shape, jnp.int32), zeros, zeros)
+    """Moments of nothing, each in a buffer of its own, since none can be donated twice."""
+    dtypes = (jnp.int32, norms.dtype, norms.dtype)
+    return Moments(*(jnp.zeros(norms.shape, dtype) for dtype in dtypes))
 
 
 def add_to_moments(moments: Moments, norms: jax.Array) -> Moments:

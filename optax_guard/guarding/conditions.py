@@ -132,8 +132,9 @@ def spike(
         raise ValueError(f"min_history must be at most window = {window}, got {min_history}.")
 
     def init():
-        zero = jnp.zeros((), jnp.int32)
-        return SpikeState(jnp.zeros((window,), jnp.float32), zero, zero)
+        # Two buffers for the two counts: one cannot be donated twice.
+        counts = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return SpikeState(jnp.zeros((window,), jnp.float32), *counts)
 
     def judge(grad_norm, value, state):
         observed = grad_norm if of == "grad_norm" else value

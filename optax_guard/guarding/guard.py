@@ -144,21 +144,24 @@ def guard(
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
         num_leaves = len(float_leaves(_gradient_like(params)).arrays)
-        zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool_)
+
+        def zeros(dtype, *shape):  # a new buffer each time: none can be donated twice
+            return jnp.zeros(shape, dtype)
+
         return GuardState(
             inner_state=inner_state,
-            guard_step=zero,
-            skipped_total=zero,
-            skipped_in_a_row=zero,
-            last_step_skipped=false,
-            skip_reason=zero,
-            gave_up=false,
-            grad_norm=jnp.zeros((), jnp.float32),
-            leaf_norms=jnp.zeros((num_leaves,), jnp.float32),
-            last_fault_step=zero,
-            last_fault_reason=zero,
-            last_fault_leaves=jnp.zeros((num_leaves,), jnp.bool_),
-            last_fault_norms=jnp.zeros((num_leaves,), jnp.float32),
+            guard_step=zeros(jnp.int32),
+            skipped_total=zeros(jnp.int32),
+            skipped_in_a_row=zeros(jnp.int32),
+            last_step_skipped=zeros(jnp.bool_),
+            skip_reason=zeros(jnp.int32),
+            gave_up=zeros(jnp.bool_),
+            grad_norm=zeros(jnp.float32),
+            leaf_norms=zeros(jnp.float32, num_leaves),
+            last_fault_step=zeros(jnp.int32),
+            last_fault_reason=zeros(jnp.int32),
+            last_fault_leaves=zeros(jnp.bool_, num_leaves),
+            last_fault_norms=zeros(jnp.float32, num_leaves),
             initially_nonfinite=_stack_flags(
                 [~jnp.all(jnp.isfinite(leaf)) for leaf in _inexact(inner_state)]
             ),
@@ -181,15 +184,17 @@ def guard(
         )
         bad_proposal &= is_finite
         ok = is_finite & ~bad_proposal & ~rejected
-        was_poisoned = lax.cond(
-            is_finite & ~bad_proposal,
-            lambda *_: jnp.asarray(False),
-            _has_nonfinite,
+        # ``ok`` passes through the branch, so that XLA looks at the old state before it
+        # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
+        ok, was_poisoned = lax.cond(
+            ok,
+            lambda *_: (jnp.asarray(True), jnp.asarray(False)),
+            lambda *old: (jnp.asarray(False), _has_nonfinite(*old)),
             params,
             state.inner_state,
             state.initially_nonfinite,
         )
-        was_poisoned = _any_device(was_poisoned, axis_name)
+        was_poisoned = _any_device(was_poisoned & (~is_finite | bad_proposal), axis_name)
         reason = _bits(
             (GRADIENT, ~jnp.all(leaf_finite)),
             (LOSS_VALUE, bad_value),

@@ -1,0 +1,197 @@
+"""One row for every public transformation; ``test_contract.py`` runs over all of them.
+
+A new transformation is one ``Row`` here. Thresholds are chosen so that ordinary gradients (see
+``tree`` and ``gradients``) are clipped, and windows so short that a few steps pass through the
+warm-up and out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_guard as og
+
+
+@dataclasses.dataclass(frozen=True)
+class Inject:
+    """How ``optax.inject_hyperparams`` is applied to a factory.
+
+    Attributes:
+      factory: what is passed to ``optax.inject_hyperparams``.
+      traced: hyperparameters that become entries of the state, numbers only.
+      fixed: the remaining arguments.
+      static_args: as the docstring of the factory shows them.
+    """
+
+    factory: Callable[..., Any]
+    traced: dict[str, float]
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    static_args: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A transformation under contract.
+
+    Attributes:
+      name: pytest id.
+      make: builds it; must accept ``axis_name=`` if ``takes_axis_name``.
+      wrap: for a wrapper, ``make`` with the inner optimizer as an argument; None for chainables.
+      on_bad: what a non-finite gradient leads to: "passes" (stays non-finite, the whole state
+        bitwise unchanged), "zeroes" (replaced), "skips" (updates -0.0, inner state unchanged).
+      needs_params: whether ``update`` must be given params.
+      takes_axis_name: false for element-wise rules, which need none.
+      zeroes_first: number of first steps whose updates are zero (rules that only observe).
+      is_smooth: false where an inner optimizer has no finite derivative at zero of its own.
+      inject: how its thresholds are injected; None where it has none.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    wrap: Callable[..., optax.GradientTransformationExtraArgs] | None = None
+    on_bad: str = "passes"
+    needs_params: bool = False
+    takes_axis_name: bool = True
+    zeroes_first: int = 0
+    is_smooth: bool = True
+    inject: Inject | None = None
+
+
+def tree(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
+    """Parameters of ranks 1, 2 and 4; axis 0 of each is 16, two rows for each of 8 devices."""
+    rng = np.random.default_rng(seed)
+    shapes = {"bias": (16,), "conv": (16, 1, 1, 2), "kernel": (16, 3)}
+    values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        values = {name: value + 1j * rng.normal(size=value.shape) for name, value in values.items()}
+    return {name: jnp.asarray(value, dtype) for name, value in values.items()}
+
+
+def gradients(step: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Ordinary gradients; every fifth step is 100 times longer."""
+    factor = 100.0 if step % 5 == 4 else 1.0
+    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, dtype), tree(dtype, seed=step + 1))
+
+
+def by_columns(path: str, leaf: Any) -> tuple[int, ...] | None:
+    """A scope callable: axis 0 of matrices, all of the rest."""
+    del path
+    return (0,) if leaf.ndim == 2 else None
+
+
+def _momentum(learning_rate: Any = 0.1) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate, momentum=0.9)
+
+
+def _wrapper(
+    name: str,
+    wrap: Callable[..., optax.GradientTransformationExtraArgs],
+    inner: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> Row:
+    inner = _momentum() if inner is None else inner
+    options = {"on_bad": "skips", **options}
+    return Row(name, lambda **kw: wrap(inner, **kw), wrap=wrap, **options)
+
+
+ROWS = [
+    # Clips
+    Row(
+        "clip_by_norm",
+        lambda **kw: og.clip_by_norm(1.0, **kw),
+        inject=Inject(og.clip_by_norm, {"max_norm": 1.0}),
+    ),
+    Row("clip_by_norm-leaf", lambda **kw: og.clip_by_norm(1.0, scope="leaf", **kw)),
+    Row(
+        "clip_by_norm-unit",
+        lambda **kw: og.clip_by_norm(1.0, scope="unit", **kw),
+        inject=Inject(og.clip_by_norm, {"max_norm": 1.0}, {"scope": "unit"}),
+    ),
+    Row(
+        "clip_by_norm-callable",
+        lambda **kw: og.clip_by_norm(1.0, scope=by_columns, **kw),
+        inject=Inject(og.clip_by_norm, {"max_norm": 1.0}, {"scope": by_columns}, ("scope",)),
+    ),
+    Row(
+        "clip_by_norm-schedule",
+        lambda **kw: og.clip_by_norm(optax.linear_schedule(2.0, 1.0, 3), **kw),
+    ),
+    Row(
+        "clip_by_rms",
+        lambda **kw: og.clip_by_rms(0.5, **kw),
+        inject=Inject(og.clip_by_rms, {"max_rms": 0.5}),
+    ),
+    Row("clip_by_rms-global", lambda **kw: og.clip_by_rms(0.5, scope="global", **kw)),
+    Row(
+        "clip_by_zscore",
+        lambda **kw: og.clip_by_zscore(2.5, warmup_steps=2, rebaseline_after=3, **kw),
+        inject=Inject(
+            og.clip_by_zscore,
+            {"z_threshold": 2.5, "decay": 0.9, "min_std_ratio": 0.02, "eps": 1e-6, "max_norm": 9.0},
+            {"warmup_steps": 2, "rebaseline_after": 3},
+            ("warmup_steps", "rebaseline_after"),
+        ),
+    ),
+    Row(
+        "clip_by_zscore-unit",
+        lambda **kw: og.clip_by_zscore(
+            2.5, scope="unit", warmup_steps=2, target="threshold", max_norm=3.0, **kw
+        ),
+    ),
+    # Normalising
+    Row(
+        "normalize_and_scale",
+        lambda **kw: og.normalize_and_scale(1.0, **kw),
+        inject=Inject(og.normalize_and_scale, {"alpha": 1.0}),
+    ),
+    Row("normalize_and_scale-leaf", lambda **kw: og.normalize_and_scale(scope="leaf", **kw)),
+    # Zeroing
+    Row("zero_nonfinite", og.zero_nonfinite, on_bad="zeroes", takes_axis_name=False),
+    Row(
+        "zero_nonfinite-leaf",
+        lambda: og.zero_nonfinite(scope="leaf"),
+        on_bad="zeroes",
+        takes_axis_name=False,
+    ),
+    # Wrappers
+    _wrapper(
+        "guard-adam",
+        lambda inner, **kw: og.guard(inner, **kw),
+        optax.adam(0.1),
+        is_smooth=False,  # sqrt(nu) at nu = 0
+        inject=Inject(lambda lr: og.guard(optax.adam(lr)), {"lr": 0.1}),
+    ),
+    _wrapper(
+        "guard-conditions",
+        lambda inner, **kw: og.guard(
+            inner,
+            skip_if=(
+                og.norm_above(1e6),
+                og.spike(6.0, window=4, rebaseline_after=3),
+                og.spike(6.0, of="value", window=4),
+            ),
+            **kw,
+        ),
+        inject=Inject(
+            lambda max_norm, sigma: og.guard(
+                _momentum(), skip_if=(og.norm_above(max_norm), og.spike(sigma, window=4))
+            ),
+            {"max_norm": 1.0, "sigma": 6.0},
+        ),
+    ),
+    _wrapper(
+        "guard-check_update", lambda inner, **kw: og.guard(inner, check_update=True, **kw)
+    ),
+    _wrapper(
+        "stabilize",
+        lambda inner, **kw: og.stabilize(inner, **kw),
+        inject=Inject(lambda lr: og.stabilize(_momentum(lr)), {"lr": 0.1}),
+    ),
+]

@@ -1,0 +1,745 @@
+"""Promises that every public transformation keeps, checked over the rows of ``registry.py``.
+
+Six steps are the common ground of most tests here: two ordinary gradients, one with a NaN, an
+ordinary one, one 100 times longer, and a zero one. ``run`` goes through them in a ``lax.scan``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pickle
+from typing import Any
+
+import assertions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_guard as og
+
+# Sums of at most 96 float32 terms in another order, over six steps: a few units of 1.2e-7 each.
+ROUNDING = 1e-6
+
+PARAMS = registry.tree()
+BAD_STEP = 2
+NUM_STEPS = 6
+
+
+def make_steps() -> list[Any]:
+    steps = [registry.gradients(step) for step in range(NUM_STEPS)]
+    bad = steps[BAD_STEP]
+    steps[BAD_STEP] = bad | {"kernel": bad["kernel"].at[3, 1].set(jnp.nan)}
+    steps[5] = jax.tree.map(jnp.zeros_like, bad)
+    return steps
+
+
+STEPS = make_steps()
+STACKED = jax.tree.map(lambda *leaves: jnp.stack(leaves), *STEPS)
+VALUES = jnp.array([2.0, 1.9, 1.8, 1.7, 1.6, 1.5])
+
+
+class Compiled:
+    """A transformation with its compiled functions, shared by the tests of one worker.
+
+    Attributes:
+      tx: the transformation.
+      step: jitted ``(updates, state, params, value) -> (updates, state)``.
+      num_traces: how often ``step`` was traced.
+    """
+
+    def __init__(self, row: registry.Row):
+        self.tx = row.make()
+        self.num_traces = 0
+
+        def step(updates, state, params, value):
+            self.num_traces += 1
+            return self.tx.update(updates, state, params, value=value)
+
+        self.step = jax.jit(step)
+        self.run = jax.jit(functools.partial(run, self.tx))
+
+    def walk(self, steps: Any = STEPS) -> tuple[list[Any], list[Any]]:
+        """Updates of every step, and the states before and after each."""
+        states, updates = [self.tx.init(PARAMS)], []
+        for gradients, value in zip(steps, VALUES, strict=False):
+            update, state = self.step(gradients, states[-1], PARAMS, value)
+            updates.append(update)
+            states.append(state)
+        return updates, states
+
+
+def run(tx: Any, params: Any, stacked: Any, values: jax.Array) -> tuple[Any, Any]:
+    """All updates, stacked, and the last state."""
+
+    def body(state, inputs):
+        gradients, value = inputs
+        updates, state = tx.update(gradients, state, params, value=value)
+        return state, updates
+
+    state, updates = lax.scan(body, tx.init(params), (stacked, values))
+    return updates, state
+
+
+@functools.cache
+def _compiled(name: str) -> Compiled:
+    return Compiled(next(row for row in registry.ROWS if row.name == name))
+
+
+def rows(keep: Any = lambda row: True) -> Any:
+    chosen = [row for row in registry.ROWS if keep(row)]
+    return pytest.mark.parametrize("row", chosen, ids=[row.name for row in chosen])
+
+
+def own_leaves(state: Any) -> list[Any]:
+    """Leaves of the library's own states, those of a wrapped optimizer left out."""
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        pairs = zip(state._fields, state, strict=True)
+        return [leaf for field, part in pairs if field != "inner_state" for leaf in own_leaves(part)]
+    if isinstance(state, tuple):
+        return [leaf for part in state for leaf in own_leaves(part)]
+    return jax.tree.leaves(state)
+
+
+def state_types(state: Any) -> set[type]:
+    """All NamedTuples of this library in a state."""
+    found = set()
+    if isinstance(state, tuple):
+        if type(state).__module__.startswith("optax_guard"):
+            found.add(type(state))
+        for part in state:
+            found |= state_types(part)
+    return found
+
+
+# The registry itself
+
+
+def public_factories() -> dict[str, Any]:
+    """Everything public that returns a transformation."""
+    factories = {}
+    for name in og.__all__:
+        value = getattr(og, name)
+        if inspect.isfunction(value):
+            result = str(inspect.signature(value).return_annotation)
+            if "GradientTransformation" in result:
+                factories[name] = value
+    return factories
+
+
+def test_every_public_transformation_has_a_row():
+    assert len(public_factories()) >= 7
+    assert set(public_factories()) <= {row.name.partition("-")[0] for row in registry.ROWS}
+
+
+@pytest.mark.parametrize("name", public_factories())
+def test_only_the_first_argument_is_positional(name):
+    parameters = list(inspect.signature(public_factories()[name]).parameters.values())
+    allowed = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    assert all(parameter.kind in allowed for parameter in parameters[1:])
+
+
+# Structure
+
+
+@rows()
+def test_is_a_transformation_with_extra_args_whose_third_argument_is_params(row):
+    tx = _compiled(row.name).tx
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    parameters = inspect.signature(tx.update).parameters
+    assert list(parameters)[2] == "params"
+    assert any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+@rows()
+def test_state_keeps_structure_shapes_dtypes_and_weak_types(row):
+    compiled = _compiled(row.name)
+    _, states = compiled.walk()
+    expected = assertions.signature(jax.eval_shape(compiled.tx.init, PARAMS))
+    abstract_params = jax.eval_shape(lambda: PARAMS)
+    assert assertions.signature(jax.eval_shape(compiled.tx.init, abstract_params)) == expected
+    for state in states:
+        assert assertions.signature(state) == expected
+    assert assertions.signature(jax.jit(lambda state: state)(states[2])) == expected
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(states[0]))
+
+
+@rows()
+def test_own_statistics_are_strong_float32_int32_or_bool(row):
+    state = jax.eval_shape(_compiled(row.name).tx.init, PARAMS)
+    for leaf in own_leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
+        assert not leaf.weak_type
+
+
+@rows()
+def test_traces_once_for_an_input_signature(row):
+    compiled = _compiled(row.name)
+    compiled.walk()
+    compiled.walk()
+    assert compiled.num_traces == 1
+
+
+def test_field_names_are_unique_in_the_library():
+    types = {type_ for row in registry.ROWS for type_ in state_types(row.make().init(PARAMS))}
+    types |= {
+        getattr(og, name) for name in og.__all__ if name.endswith(("State", "History"))
+    }
+    fields = [field for type_ in types for field in type_._fields if field != "inner_state"]
+    assert len(types) > 5
+    assert sorted(fields) == sorted(set(fields))
+
+
+@rows()
+def test_counters_saturate(row):
+    largest = jnp.iinfo(jnp.int32).max
+    compiled = _compiled(row.name)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        is_counter = name.endswith(("_steps", "_step", "_total", "_in_a_row"))
+        return jnp.full_like(leaf, largest) if is_counter and leaf.dtype == jnp.int32 else leaf
+
+    before = jax.tree_util.tree_map_with_path(fill, compiled.tx.init(PARAMS))
+    for gradients in (STEPS[0], STEPS[BAD_STEP]):
+        _, after = compiled.step(gradients, before, PARAMS, VALUES[0])
+        for leaf in own_leaves(after):
+            assert leaf.dtype != jnp.int32 or jnp.all(leaf >= 0)
+
+
+# Arguments of update
+
+
+@rows()
+def test_unknown_extra_args_are_accepted(row):
+    tx = _compiled(row.name).tx
+    state = tx.init(PARAMS)
+    plain = tx.update(STEPS[0], state, PARAMS)
+    extra = tx.update(STEPS[0], state, PARAMS, unknown=jnp.ones(3), value_fn=jnp.sum, note="x")
+    assertions.assert_same_bits(extra, plain)
+
+
+@rows()
+def test_params_may_be_given_by_keyword(row):
+    tx = _compiled(row.name).tx
+    state = tx.init(PARAMS)
+    assertions.assert_same_bits(
+        tx.update(STEPS[0], state, params=PARAMS), tx.update(STEPS[0], state, PARAMS)
+    )
+
+
+@rows(lambda row: not row.needs_params)
+def test_params_may_be_left_out(row):
+    tx = _compiled(row.name).tx
+    state = tx.init(PARAMS)
+    assertions.assert_same_bits(tx.update(STEPS[0], state), tx.update(STEPS[0], state, PARAMS))
+
+
+@rows(lambda row: row.wrap)
+def test_wrappers_forward_extra_args(row):
+    def update(updates, state, params=None, *, factor, **extra_args):
+        assert set(extra_args) == {"value", "label"}
+        assert extra_args["label"] == "a word"
+        return jax.tree.map(lambda leaf: leaf * factor * extra_args["value"], updates), state
+
+    inner = optax.GradientTransformationExtraArgs(optax.identity().init, update)
+    tx = row.wrap(inner)
+    small = jax.tree.map(lambda leaf: leaf * 1e-3, STEPS[0])  # below every clip
+    updates, _ = tx.update(small, tx.init(PARAMS), factor=2.0, value=3.0, label="a word")
+    assertions.assert_close(updates, jax.tree.map(lambda leaf: leaf * 6, small), rtol=ROUNDING)
+
+
+@rows(lambda row: row.wrap)
+def test_wrappers_drop_extra_args_that_the_inner_rejects(row):
+    def update(updates, state, params=None, *, factor=1.0):
+        return jax.tree.map(lambda leaf: leaf * factor, updates), state
+
+    tx = row.wrap(optax.GradientTransformationExtraArgs(optax.identity().init, update))
+    small = jax.tree.map(lambda leaf: leaf * 1e-3, STEPS[0])
+    updates, _ = tx.update(small, tx.init(PARAMS), factor=2.0, value=3.0, unknown=1)
+    assertions.assert_close(updates, jax.tree.map(lambda leaf: leaf * 2, small), rtol=ROUNDING)
+
+
+# Transformations of JAX
+
+
+@rows()
+def test_scan_gives_what_a_loop_gives(row):
+    compiled = _compiled(row.name)
+    updates, states = compiled.walk()
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
+    actual = compiled.run(PARAMS, STACKED, VALUES)
+    assertions.assert_close(actual, (stacked, states[-1]), rtol=ROUNDING, atol=ROUNDING)
+
+
+@rows()
+def test_vmap_gives_what_single_runs_give(row):
+    compiled = _compiled(row.name)
+    healthy = jax.tree.map(lambda leaf: jnp.nan_to_num(leaf) * 0.5, STACKED)
+    singles = [compiled.run(PARAMS, steps, VALUES) for steps in (STACKED, healthy)]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), STACKED, healthy)
+    actual = jax.jit(jax.vmap(functools.partial(run, compiled.tx), in_axes=(None, 0, None)))(
+        PARAMS, batch, VALUES
+    )
+    assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@rows()
+def test_state_can_be_donated(row):
+    compiled = _compiled(row.name)
+    updates, states = compiled.walk(STEPS[:3])
+    donating = jax.jit(
+        lambda gradients, state: compiled.tx.update(gradients, state, PARAMS, value=VALUES[0]),
+        donate_argnums=(0, 1),
+    )
+    state = compiled.tx.init(PARAMS)
+    for step, expected in zip(make_steps()[:3], updates, strict=True):
+        old = state
+        actual, state = donating(step, state)
+        assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old) if leaf.size)
+    assertions.assert_close(state, states[-1], rtol=ROUNDING, atol=ROUNDING)
+
+
+@rows()
+def test_state_survives_pickling(row):
+    compiled = _compiled(row.name)
+    _, states = compiled.walk()
+    restored = pickle.loads(pickle.dumps(states[3]))
+    assertions.assert_same_bits(restored, states[3])
+    assert assertions.signature(restored) == assertions.signature(states[3])
+    expected = compiled.step(STEPS[3], states[3], PARAMS, VALUES[3])
+    assertions.assert_same_bits(compiled.step(STEPS[3], restored, PARAMS, VALUES[3]), expected)
+
+
+def _subjaxprs(jaxpr: Any) -> Any:
+    """A jaxpr and, with their equations, all jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _subjaxprs(inner)
+
+
+def host_equations(function: Any, *args: Any) -> list[str]:
+    names = [equation.primitive.name for equation in _subjaxprs(jax.make_jaxpr(function)(*args))]
+    return [name for name in names if any(part in name for part in ("callback", "debug", "feed"))]
+
+
+def test_host_equations_are_found_inside_branches():
+    def talks(x):
+        return lax.cond(x > 0, lambda: jax.debug.print("x") or x, lambda: x)
+
+    assert host_equations(jax.jit(talks), 1.0)
+
+
+@rows()
+def test_update_never_talks_to_the_host(row):
+    compiled = _compiled(row.name)
+    state = compiled.tx.init(PARAMS)
+    update = lambda *args: compiled.tx.update(*args, value=VALUES[0])  # noqa: E731
+    assert host_equations(update, STEPS[0], state, PARAMS) == []
+
+
+# Derivatives
+
+
+def objective(tx: Any, offsets: Any, middle: Any) -> jax.Array:
+    """A weighted sum of the updates of three steps, of which ``middle`` is the second."""
+    dtype = jax.tree.leaves(middle)[0].dtype
+    params, weights, first, last = (
+        registry.tree(dtype, seed) for seed in (0, 90, 91, 92)
+    )
+    params = jax.tree.map(jnp.add, params, offsets["params"])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, middle, last)
+    stacked = jax.tree.map(jnp.add, stacked, offsets["gradients"])
+    updates, _ = run(tx, params, stacked, 1 + offsets["values"])
+    products = jax.tree.map(lambda update, weight: jnp.sum(update * weight), updates, weights)
+    return sum(jax.tree.leaves(products))
+
+
+def zero_offsets(dtype: Any) -> dict[str, Any]:
+    params = jax.tree.map(jnp.zeros_like, registry.tree(dtype))
+    gradients = jax.tree.map(lambda leaf: jnp.zeros((3, *leaf.shape), leaf.dtype), params)
+    return {"params": params, "gradients": gradients, "values": jnp.zeros(3, dtype)}
+
+
+def direction_like(offsets: Any) -> Any:
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), offsets)
+
+
+def derivatives(tx: Any, dtype: Any) -> Any:
+    """Jitted ``middle -> (gradient of the objective, its derivative along a direction)``."""
+    offsets = zero_offsets(dtype)
+    direction = direction_like(offsets)
+
+    def both(middle):
+        function = lambda offsets: objective(tx, offsets, middle)  # noqa: E731
+        return jax.grad(function)(offsets), jax.jvp(function, (offsets,), (direction,))[1]
+
+    return jax.jit(both)
+
+
+def middle_steps(row: registry.Row) -> dict[str, Any]:
+    ordinary = STEPS[1]
+    cases = {"ordinary": ordinary}
+    if row.is_smooth:
+        cases["zero"] = jax.tree.map(jnp.zeros_like, ordinary)
+        cases["tiny"] = jax.tree.map(lambda leaf: leaf * 1e-30, ordinary)
+    if row.on_bad == "skips":
+        cases["nan"] = STEPS[BAD_STEP]
+        cases["inf"] = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), ordinary)
+    return cases
+
+
+@rows()
+def test_derivatives_are_finite_and_agree_in_both_modes(row):
+    compute = derivatives(_compiled(row.name).tx, jnp.float32)
+    direction = direction_like(zero_offsets(jnp.float32))
+    for case, middle in middle_steps(row).items():
+        gradient, forward = compute(middle)
+        terms = [
+            np.sum(np.asarray(g, np.float64) * np.asarray(d, np.float64))
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        ]
+        sizes = [
+            np.sum(np.abs(np.asarray(g, np.float64) * np.asarray(d, np.float64)))
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        ]
+        assert np.isfinite(forward), case
+        assert np.all(np.isfinite(terms)), case
+        # float32 rounding of both modes, relative to the sum of the sizes of the terms.
+        np.testing.assert_allclose(forward, sum(terms), atol=1e-5 * sum(sizes), err_msg=case)
+
+
+@rows()
+def test_derivative_is_that_of_the_formula(row, x64):
+    tx = row.make()
+    middle = registry.gradients(1, jnp.float64)
+    offsets = zero_offsets(jnp.float64)
+    direction = direction_like(offsets)
+
+    @jax.jit
+    def along(distance):
+        moved = jax.tree.map(lambda offset, step: offset + distance * step, offsets, direction)
+        return objective(tx, moved, middle)
+
+    step = 1e-5
+    difference = (along(step) - along(-step)) / (2 * step)
+    # Error of a central difference: step**2 times a third derivative of order 1 to 100.
+    np.testing.assert_allclose(jax.jit(jax.grad(along))(0.0), difference, rtol=1e-6, atol=1e-7)
+
+
+# Devices
+
+
+def mesh() -> Any:
+    assert jax.device_count() == 8
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def specs(tree: Any, leading: int = 0) -> Any:
+    """Sharded where the axis after ``leading`` ones is the 16 rows of a parameter."""
+
+    def spec(leaf):
+        is_param = leaf.shape[leading : leading + 1] == (16,)
+        return P(*[None] * leading, "data") if is_param else P()
+
+    return jax.tree.map(spec, tree)
+
+
+def shard(tree: Any, specs: Any) -> Any:
+    place = mesh()
+    return jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(place, s)), tree, specs)
+
+
+@rows()
+def test_sharded_jit_equals_one_device(row):
+    compiled = _compiled(row.name)
+    expected = compiled.run(PARAMS, STACKED, VALUES)
+    params, stacked = shard(PARAMS, specs(PARAMS)), shard(STACKED, specs(STACKED, leading=1))
+    actual = compiled.run(params, stacked, VALUES)
+    assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def sharded_run(row: registry.Row) -> Any:
+    state = jax.eval_shape(row.make().init, PARAMS)
+    return jax.shard_map(
+        functools.partial(run, row.make(axis_name="data")),
+        mesh=mesh(),
+        in_specs=(specs(PARAMS), specs(STACKED, leading=1), P()),
+        out_specs=(specs(STACKED, leading=1), specs(state)),
+    )
+
+
+@rows(lambda row: row.takes_axis_name)
+def test_shard_map_with_axis_name_equals_one_device(row):
+    expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
+    actual = jax.jit(sharded_run(row))(PARAMS, STACKED, VALUES)
+    assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@rows(lambda row: row.takes_axis_name)
+def test_no_collective_sits_under_a_branch(row):
+    jaxpr = jax.make_jaxpr(sharded_run(row))(PARAMS, STACKED, VALUES)
+    equations = list(_subjaxprs(jaxpr))
+    is_collective = lambda equation: "psum" in equation.primitive.name  # noqa: E731
+    assert any(map(is_collective, equations))
+    for equation in equations:
+        if equation.primitive.name in ("cond", "while"):
+            bodies = equation.params.get("branches") or [equation.params["body_jaxpr"]]
+            inside = [inner for body in bodies for inner in _subjaxprs(body.jaxpr)]
+            assert not any(map(is_collective, inside))
+
+
+# Dtypes and trees
+
+
+def mixed_tree(dtypes: Any, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    values = {str(np.dtype(dtype)): jnp.asarray(rng.normal(size=(4, 3)), dtype) for dtype in dtypes}
+    return values
+
+
+def check_dtypes(row: registry.Row, dtypes: Any, statistics: Any) -> None:
+    tx = row.make()
+    params = mixed_tree(dtypes, seed=0)
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    before = assertions.signature(state)
+    for seed in (1, 2):
+        gradients = mixed_tree(dtypes, seed)
+        updates, state = step(gradients, state, params)
+        assert assertions.signature(updates) == assertions.signature(gradients)
+        assert assertions.signature(state) == before
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+    for leaf in own_leaves(state):
+        assert leaf.dtype in (*statistics, jnp.int32, jnp.bool_)
+
+
+LOW_AND_SINGLE = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
+
+
+@rows()
+def test_updates_keep_their_dtypes_and_statistics_are_float32(row):
+    check_dtypes(row, LOW_AND_SINGLE, statistics=(jnp.float32,))
+
+
+@rows()
+def test_float64_updates_keep_their_dtype(row, x64):
+    check_dtypes(row, (jnp.float32, jnp.float64), statistics=(jnp.float32, jnp.float64))
+
+
+@rows(lambda row: row.wrap)
+def test_gradients_may_have_another_dtype_than_parameters(row):
+    tx = row.make()
+    state = tx.init(PARAMS)
+    for dtype in (jnp.float16, jnp.bfloat16):
+        step = jax.jit(tx.update)
+        for gradients in (STEPS[0], STEPS[BAD_STEP]):
+            gradients = jax.tree.map(lambda leaf: leaf.astype(dtype), gradients)  # noqa: B023
+            updates, new_state = step(gradients, state, PARAMS)
+            assert assertions.signature(new_state) == assertions.signature(state)
+            assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+            assert bool(new_state.last_step_skipped) == (gradients["kernel"][3, 1] != 0 and not jnp.isfinite(gradients["kernel"][3, 1]))
+
+
+def odd_tree() -> dict[str, Any]:
+    return {
+        "bool": jnp.array([True, False]),
+        "empty": jnp.zeros((0, 3)),
+        "int": jnp.array([[1, -2]], jnp.int8),
+        "masked": optax.MaskedNode(),
+        "none": None,
+        "uint": jnp.array(7, jnp.uint32),
+        "w": jnp.array([[3.0, -0.0], [4.0, 1e-3]]),
+    }
+
+
+def with_identity(row: registry.Row) -> Any:
+    """The transformation; a wrapper with an inner that lets integers through."""
+    return row.wrap(optax.identity()) if row.wrap else row.make()
+
+
+@rows()
+def test_leaves_that_are_no_floats_pass_untouched(row):
+    tx = with_identity(row)
+    params = odd_tree()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(x, state):
+        # What jax.grad gives for an integer leaf: a float0 array.
+        float0 = jax.grad(lambda count: 2.0 * x, allow_int=True)(3)
+        gradients = odd_tree() | {"float0": float0}
+        updates, state = tx.update(gradients, state, params | {"float0": jnp.int32(3)})
+        assert updates.pop("float0") is float0 or updates == 1
+        return updates, state
+
+    for _ in range(2):
+        updates, state = step(1.0, state)
+        for name in ("bool", "empty", "int", "uint"):
+            assertions.assert_same_bits(updates[name], params[name])
+        assert updates["none"] is None
+        assert updates["masked"] == optax.MaskedNode()
+        assert updates["w"].dtype == jnp.float32
+        assert jnp.all(jnp.isfinite(updates["w"]))
+
+
+@rows()
+def test_masked_leaves_are_left_out(row):
+    mask = {"bias": False, "conv": True, "kernel": True}
+    tx = row.make()
+    masked = optax.masked(tx, mask)
+    state = masked.init(PARAMS)
+    alone = {name: leaf for name, leaf in PARAMS.items() if mask[name]}
+    state_alone = tx.init(alone)
+    for gradients in STEPS[:2]:
+        updates, state = masked.update(gradients, state, PARAMS)
+        kept = {name: leaf for name, leaf in gradients.items() if mask[name]}
+        expected, state_alone = tx.update(kept, state_alone, alone)
+        assertions.assert_same_bits(updates.pop("bias"), gradients["bias"])
+        assertions.assert_same_bits(updates, expected)
+    assertions.assert_same_bits(jax.tree.leaves(state), jax.tree.leaves(state_alone))
+
+
+@rows()
+@pytest.mark.parametrize("empty", [{}, (), {"w": None}, {"w": np.zeros((0, 2), np.float32)}])
+def test_empty_trees_work(row, empty):
+    tx = row.make()
+    empty = jax.tree.map(jnp.asarray, empty)
+    state = tx.init(empty)
+    updates, new_state = tx.update(empty, state, empty)
+    assertions.assert_same_bits(updates, empty)
+    assert assertions.signature(new_state) == assertions.signature(state)
+    for leaf in jax.tree.leaves(new_state):
+        assert jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))
+
+
+# Hyperparameters
+
+
+@rows(lambda row: row.inject)
+def test_thresholds_can_be_injected(row):
+    inject = row.inject
+    injected = optax.inject_hyperparams(inject.factory, static_args=inject.static_args)
+    tx = injected(**inject.traced, **inject.fixed)
+    plain = inject.factory(**inject.traced, **inject.fixed)
+    traces = []
+
+    @jax.jit
+    def step(gradients, state):
+        traces.append(1)
+        return tx.update(gradients, state, PARAMS)
+
+    state, plain_state = tx.init(PARAMS), plain.init(PARAMS)
+    assert set(inject.traced) <= set(state.hyperparams)
+    plain_step = jax.jit(plain.update)
+    for gradients in STEPS:
+        updates, state = step(gradients, state)
+        expected, plain_state = plain_step(gradients, plain_state, PARAMS)
+        # Constants are folded in one of the two programs: rounding.
+        assertions.assert_close(updates, expected, rtol=ROUNDING, atol=ROUNDING)
+    assertions.assert_close(state.inner_state, plain_state, rtol=ROUNDING, atol=ROUNDING)
+    assert len(traces) == 1
+
+    first = next(iter(inject.traced))
+    before, _ = step(STEPS[4], state)
+    state.hyperparams[first] = state.hyperparams[first] * 0.5
+    after, _ = step(STEPS[4], state)
+    assert len(traces) == 1
+    assert any(
+        jnp.any(one != other)
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+# The bad step
+
+BAD_VALUES = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf}
+
+
+def spoil(gradients: Any, value: float) -> Any:
+    return gradients | {"kernel": gradients["kernel"].at[3, 1].set(value)}
+
+
+@rows(lambda row: row.on_bad == "passes")
+@pytest.mark.parametrize("bad", BAD_VALUES)
+def test_bad_step_stays_visible_and_changes_no_state(row, bad):
+    compiled = _compiled(row.name)
+    _, states = compiled.walk()
+    for state in (states[0], states[4]):
+        gradients = spoil(STEPS[1], BAD_VALUES[bad])
+        updates, new_state = compiled.step(gradients, state, PARAMS, VALUES[0])
+        assertions.assert_same_bits(new_state, state)
+        element = updates["kernel"][3, 1]
+        assert bool(jnp.isnan(element)) if bad == "nan" else not jnp.isfinite(element)
+
+
+@rows(lambda row: row.on_bad == "skips")
+@pytest.mark.parametrize("bad", BAD_VALUES)
+def test_bad_step_is_skipped(row, bad):
+    compiled = _compiled(row.name)
+    _, states = compiled.walk()
+    for state in (states[0], states[4]):
+        gradients = spoil(STEPS[1], BAD_VALUES[bad])
+        updates, new_state = compiled.step(gradients, state, PARAMS, VALUES[0])
+        nothing = jax.tree.map(lambda leaf: -jnp.zeros_like(leaf), PARAMS)
+        assertions.assert_same_bits(updates, nothing)
+        assertions.assert_same_bits(new_state.inner_state, state.inner_state)
+        assertions.assert_same_bits(new_state.condition_states, state.condition_states)
+        assert int(new_state.skip_reason) == 1
+        assert int(new_state.guard_step) == int(state.guard_step) + 1
+
+
+@rows(lambda row: row.on_bad == "zeroes")
+@pytest.mark.parametrize("bad", BAD_VALUES)
+def test_bad_elements_are_zeroed(row, bad):
+    compiled = _compiled(row.name)
+    gradients = spoil(STEPS[1], BAD_VALUES[bad])
+    updates, _ = compiled.step(gradients, compiled.tx.init(PARAMS), PARAMS, VALUES[0])
+    assertions.assert_same_bits(updates["kernel"][3, 1], jnp.float32(0))
+    assertions.assert_same_bits(updates["bias"], gradients["bias"])
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+
+
+@rows(lambda row: row.wrap)
+def test_run_with_faulty_steps_ends_where_the_healthy_steps_end(row):
+    compiled = _compiled(row.name)
+    healthy = [gradients for step, gradients in enumerate(STEPS[:4]) if step != BAD_STEP]
+    updates, states = compiled.walk(STEPS[:4])
+    expected_updates, expected_states = compiled.walk(healthy)
+    assertions.assert_same_bits(updates[-1], expected_updates[-1])
+    assertions.assert_same_bits(states[-1].inner_state, expected_states[-1].inner_state)
+
+
+# Checkpoints
+
+
+@pytest.mark.slow
+@rows()
+def test_state_survives_orbax(row, tmp_path):
+    import orbax.checkpoint as ocp
+
+    compiled = _compiled(row.name)
+    _, states = compiled.walk()
+    abstract = jax.eval_shape(compiled.tx.init, PARAMS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", states[4])
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", abstract)
+    assertions.assert_same_bits(restored, states[4])
+    assert assertions.signature(restored) == assertions.signature(states[4])
+    expected = compiled.step(STEPS[3], states[4], PARAMS, VALUES[3])
+    assertions.assert_same_bits(compiled.step(STEPS[3], restored, PARAMS, VALUES[3]), expected)
