@@ -80,8 +80,8 @@ def _rescaled_sum(
 ) -> jax.Array:
     """Sum of ``|scale * leaf|**2``; no dot product, which would need ``scale * leaf`` in memory."""
     if jnp.iscomplexobj(leaf):
-        parts = (leaf.real, leaf.imag)
-        return sum(_rescaled_sum(part, axes, dtype, scale) for part in parts)
+        real, imag = (_rescaled_sum(x, axes, dtype, scale) for x in (leaf.real, leaf.imag))
+        return real + imag
     scaled = leaf.astype(dtype) * scale
     return jnp.sum(scaled * scaled, axis=axes, keepdims=len(axes) < leaf.ndim)
 
@@ -99,38 +99,36 @@ def _sums_at_all_scales(
 ) -> _Sums:
     """Sums of squares; the two rescaled ones are read off the gradients only when needed."""
     r = _RANGES[groups.dtype]
-    plain = groups.stack(
-        [
-            squared_sum(leaf, axes, groups.dtype)
-            for leaf, axes in zip(leaves, groups.axes, strict=True)
-        ]
+    terms = tuple(
+        squared_sum(leaf, axes, groups.dtype)
+        for leaf, axes in zip(leaves, groups.axes, strict=True)
     )
-
-    is_large = tuple(~(part <= r.high) for part in plain)
-    is_small = tuple(part < r.low for part in groups.total(plain))
-    is_cold = _any(is_large) | (_any(is_small) & small_norms_matter)
+    stacked = groups.stack(terms)
+    is_large = _any([~(part <= r.high) for part in stacked])
+    is_small = _any([part < r.low for part in groups.total(stacked)])
+    is_cold = is_large | (is_small & small_norms_matter)
     if all(leaf.dtype == jnp.float16 for leaf in leaves):
         is_cold = jnp.asarray(False)  # squares of float16 always fit float32
 
-    def keep(leaves):
+    def keep(terms, leaves):
         del leaves
-        return plain, tuple(jnp.ones_like(part) for part in groups.total(plain))
+        return groups.stack(terms), groups.stack([jnp.ones_like(term) for term in terms])
 
-    def reread(leaves):
-        large = (_any(is_large),) if groups.kind == "global" else is_large
-        scales = tuple(
-            jnp.where(too_large, r.down, jnp.where(too_small, r.up, 1.0)).astype(groups.dtype)
-            for too_large, too_small in zip(large, is_small, strict=True)
-        )
-        parts = zip(leaves, groups.axes, groups.spread(scales), strict=True)
-        return groups.stack(
-            [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
-        ), scales
-
-    sums, scales = lax.cond(is_cold, reread, keep, tuple(leaves))
+    def reread(terms, leaves):
+        # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
+        # only if no two leaves share the broadcast factor.
+        scales = [
+            jnp.where(term <= r.high, jnp.where(term < r.low, r.up, 1), r.down).astype(term.dtype)
+            for term in terms
+        ]
+        parts = zip(leaves, groups.axes, scales, strict=True)
+        sums = [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
+        return groups.stack(sums), groups.stack(scales)
 
     # From here on everything hangs on the branch, whose outputs XLA cannot fuse with what made
     # them; else it would repeat the sum over all leaves in the loop of every leaf.
+    sums, scales = lax.cond(is_cold, reread, keep, terms, tuple(leaves))
+
     def at_scale(wanted):
         return tuple(
             jnp.square(jnp.sqrt(part) * (wanted / scale))
@@ -304,16 +302,23 @@ def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> 
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
 
     def some(scaling):
-        firsts, seconds = _factors(*scaling[:3])
-        return (
-            list(map(jnp.where, scaling.active, firsts, ones)),
-            list(map(jnp.where, scaling.active, seconds, ones)),
+        return tuple(
+            per_leaf(map(jnp.where, scaling.active, factors, ones))
+            for factors in _factors(*scaling[:3])
         )
+
+    def per_leaf(blocks):
+        # Scalars leave the branch one by one: slices of a vector in the loop of each leaf would
+        # triple the time to compile.
+        return groups.spread(list(blocks)) if groups.kind == "leaf" else list(blocks)
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.
-    firsts, seconds = lax.cond(_any(scaling.active), some, lambda _: (ones, ones), scaling)
-    return tuple(map(_times, leaves, groups.spread(firsts), groups.spread(seconds)))
+    none = per_leaf(ones)
+    firsts, seconds = lax.cond(_any(scaling.active), some, lambda _: (none, none), scaling)
+    if groups.kind != "leaf":
+        firsts, seconds = groups.spread(firsts), groups.spread(seconds)
+    return tuple(map(_times, leaves, firsts, seconds))
 
 
 @rescale.defjvp

@@ -89,7 +89,7 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
 def _record(state: ZeroNonfiniteState, per_leaf: jax.Array) -> ZeroNonfiniteState:
     largest = jnp.iinfo(jnp.int32).max
     total = state.zeroed_elements_total
-    for_all = jnp.sum(per_leaf)
+    for_all = jnp.sum(per_leaf, dtype=jnp.int32)
     is_any = for_all > 0
     return ZeroNonfiniteState(
         zeroing_steps=increment(state.zeroing_steps),

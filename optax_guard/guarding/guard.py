@@ -162,9 +162,7 @@ def guard(
             last_fault_reason=zeros(jnp.int32),
             last_fault_leaves=zeros(jnp.bool_, num_leaves),
             last_fault_norms=zeros(jnp.float32, num_leaves),
-            initially_nonfinite=_stack_flags(
-                [~jnp.all(jnp.isfinite(leaf)) for leaf in _inexact(inner_state)]
-            ),
+            initially_nonfinite=_nonfinite_at_init(inner_state, axis_name),
             condition_states=tuple(condition.init() for condition in conditions),
         )
 
@@ -188,7 +186,7 @@ def guard(
         # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
         ok, was_poisoned = lax.cond(
             ok,
-            lambda *_: (jnp.asarray(True), jnp.asarray(False)),
+            lambda *old: (jnp.asarray(True), _false_like(*old, axis_name)),
             lambda *old: (jnp.asarray(False), _has_nonfinite(*old)),
             params,
             state.inner_state,
@@ -287,7 +285,8 @@ def stabilize(
     if clip is None:
         clip = clip_by_norm(1.0, axis_name=guard_options.get("axis_name"))
     check_transformation("clip", clip)
-    return guard(optax.chain(clip, optimizer), **guard_options)
+    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, _tolerant_update(optimizer))
+    return guard(optax.chain(clip, tolerant), **guard_options)
 
 
 def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
@@ -350,14 +349,32 @@ def _shared_value(value: Any, axis_name: AxisName) -> jax.Array | None:
 
 
 def _leaf_is_nonfinite(leaf: jax.Array) -> jax.Array:
-    # 0 * x is 0 for every finite x, however large, and NaN for every other.
-    return ~jnp.isfinite(jnp.sum(leaf * jnp.zeros((), leaf.dtype)))
+    # x - x is 0 for every finite x, however large, and NaN for every other. Unlike all(isfinite)
+    # its sum reads x once and compiles to a library call on CPU.
+    return ~jnp.isfinite(jnp.sum(leaf - leaf))
+
+
+def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
+    """Which float leaves ``init`` made non-finite, on any device if called inside the mesh."""
+    flags = _stack_flags([~jnp.all(jnp.isfinite(leaf)) for leaf in _inexact(inner_state)])
+    try:
+        return _any_device(flags, axis_name)
+    except NameError:  # JAX: the axis is unbound, ``init`` was called outside of shard_map
+        return flags
 
 
 def _has_nonfinite(params: Any, inner_state: Any, is_exempt: jax.Array) -> jax.Array:
     in_params = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(params)])
     in_state = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(inner_state)])
     return jnp.any(in_params) | jnp.any(in_state & ~is_exempt)
+
+
+def _false_like(params: Any, inner_state: Any, is_exempt: jax.Array, axis_name: AxisName):
+    """False, of the mesh axes that ``_has_nonfinite`` varies over: it looks at no element."""
+    if axis_name is None:
+        return jnp.asarray(False)
+    nothing = [[leaf.reshape(-1)[:0] for leaf in _inexact(tree)] for tree in (params, inner_state)]
+    return _has_nonfinite(*nothing, is_exempt)
 
 
 def _judge_proposal(
@@ -369,7 +386,8 @@ def _judge_proposal(
     pairs = zip(new_state, jax.tree.leaves(state.inner_state), strict=True)
     bad_state = _stack_flags([_leaf_is_nonfinite(new) for new, old in pairs if is_inexact(old)])
     is_bad = jnp.any(bad_updates) | jnp.any(bad_state & ~state.initially_nonfinite)
-    return _any_device(is_bad, axis_name), bad_updates
+    flags = _any_device(jnp.append(bad_updates, is_bad), axis_name)
+    return flags[-1], flags[:-1]
 
 
 def _judge_conditions(
