@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def check_number(
@@ -39,9 +40,10 @@ def check_number(
         value, (bool, np.bool_)
     ):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
-    if np.shape(value) != ():
-        raise ValueError(f"{name} must be {allowed}, got an array of shape {np.shape(value)}.")
-    if isinstance(value, jax.core.Tracer):
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"{name} must be {allowed}, got an array of shape {shape}.")
+    if isinstance(value, Tracer):
         return
     number = _to_float(name, value, allowed)
     too_low = number <= minimum if open_minimum else number < minimum

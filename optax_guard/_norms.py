@@ -26,6 +26,7 @@ from optax_guard._scopes import Groups, make_groups
 
 AxisName = str | tuple[str, ...] | None
 
+
 class _Range(NamedTuple):
     """Sums of squares in [low, high] are accurate; ``up`` and ``down`` rescale the others."""
 
@@ -54,9 +55,9 @@ class Measurement(NamedTuple):
 
     norms: tuple[jax.Array, ...]
     scaled: tuple[jax.Array, ...]
-    finite: tuple[jax.Array, ...]
+    finite: tuple[Any, ...]
     leaf_norms: jax.Array
-    leaf_finite: jax.Array
+    leaf_finite: Any
 
 
 def squared_sum(leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:

@@ -32,7 +32,7 @@ class FloatLeaves(NamedTuple):
     arrays: tuple[Any, ...]
     paths: tuple[str, ...]
     every_leaf: tuple[Any, ...]
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
 
     def replace(self, arrays: Sequence[Any]) -> Any:
         """The tree with ``arrays`` in place of its inexact leaves, all others untouched."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +67,12 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
     def init(params):
         num_leaves = len(float_leaves(params).arrays)
         # One buffer for each field: a buffer cannot be donated twice.
-        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return ZeroNonfiniteState(*zeros, jnp.zeros((num_leaves,), jnp.bool_))
+        return ZeroNonfiniteState(
+            zeroing_steps=jnp.zeros((), jnp.int32),
+            zeroed_steps_total=jnp.zeros((), jnp.int32),
+            zeroed_elements_total=jnp.zeros((), jnp.int32),
+            last_zeroed_leaves=jnp.zeros((num_leaves,), jnp.bool_),
+        )
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -49,6 +49,8 @@ class Row:
       needs_params: whether ``update`` must be given params.
       takes_axis_name: false for element-wise rules, which need none.
       zeroes_first: number of first steps whose updates are zero (rules that only observe).
+      is_variant: another row goes the same way but for a detail; heavy tests take this one only
+        with ``-m slow``.
       is_smooth: false where an inner optimizer has no finite derivative at zero of its own.
       inject: how its thresholds are injected; None where it has none.
     """
@@ -60,6 +62,7 @@ class Row:
     needs_params: bool = False
     takes_axis_name: bool = True
     zeroes_first: int = 0
+    is_variant: bool = False
     is_smooth: bool = True
     inject: Inject | None = None
 
@@ -117,18 +120,24 @@ ROWS = [
     Row(
         "clip_by_norm-callable",
         lambda **kw: og.clip_by_norm(1.0, scope=by_columns, **kw),
+        is_variant=True,
         inject=Inject(og.clip_by_norm, {"max_norm": 1.0}, {"scope": by_columns}, ("scope",)),
     ),
     Row(
         "clip_by_norm-schedule",
         lambda **kw: og.clip_by_norm(optax.linear_schedule(2.0, 1.0, 3), **kw),
+        is_variant=True,
     ),
     Row(
         "clip_by_rms",
         lambda **kw: og.clip_by_rms(0.5, **kw),
         inject=Inject(og.clip_by_rms, {"max_rms": 0.5}),
     ),
-    Row("clip_by_rms-global", lambda **kw: og.clip_by_rms(0.5, scope="global", **kw)),
+    Row(
+        "clip_by_rms-global",
+        lambda **kw: og.clip_by_rms(0.5, scope="global", **kw),
+        is_variant=True,
+    ),
     Row(
         "clip_by_zscore",
         lambda **kw: og.clip_by_zscore(2.5, warmup_steps=2, rebaseline_after=3, **kw),
@@ -151,7 +160,11 @@ ROWS = [
         lambda **kw: og.normalize_and_scale(1.0, **kw),
         inject=Inject(og.normalize_and_scale, {"alpha": 1.0}),
     ),
-    Row("normalize_and_scale-leaf", lambda **kw: og.normalize_and_scale(scope="leaf", **kw)),
+    Row(
+        "normalize_and_scale-leaf",
+        lambda **kw: og.normalize_and_scale(scope="leaf", **kw),
+        is_variant=True,
+    ),
     # Zeroing
     Row("zero_nonfinite", og.zero_nonfinite, on_bad="zeroes", takes_axis_name=False),
     Row(
@@ -159,6 +172,7 @@ ROWS = [
         lambda: og.zero_nonfinite(scope="leaf"),
         on_bad="zeroes",
         takes_axis_name=False,
+        is_variant=True,
     ),
     # Wrappers
     _wrapper(

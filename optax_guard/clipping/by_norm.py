@@ -85,6 +85,4 @@ def clip_by_norm(
         limit=limit,
         smallest_limit=lambda context: value_at(max_norm, context.step, "float32"),
     )
-    return limit_norms(
-        rule, ClipByNormState, name="clip_by_norm", scope=scope, axis_name=axis_name
-    )
+    return limit_norms(rule, ClipByNormState, name="clip_by_norm", scope=scope, axis_name=axis_name)

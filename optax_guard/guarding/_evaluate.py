@@ -14,6 +14,7 @@ Derivatives are those of the plain form with sanitised inputs, see ``_run_jvp``.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ class Proposal(NamedTuple):
     gradients: range
     sanitized: frozenset[int]
     old_state: range
-    update_treedef: jax.tree_util.PyTreeDef
-    state_treedef: jax.tree_util.PyTreeDef
+    update_treedef: Any
+    state_treedef: Any
 
 
 def propose(
@@ -69,7 +70,7 @@ def propose(
 
     counts = [len(closed.consts), *(len(jax.tree.leaves(part)) for part in inputs)]
     starts = np.cumsum([0, *counts]).tolist()
-    sections = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    sections = [range(a, b) for a, b in itertools.pairwise(starts)]
     arguments = (*closed.consts, *map(_as_argument, jax.tree.leaves(inputs)))
     faulty = [*sections[1], *sections[4]]
     return Proposal(
@@ -159,9 +160,7 @@ def _equations_for(jaxpr: core.Jaxpr, last: core.JaxprEqn) -> list[core.JaxprEqn
     return needed[::-1]
 
 
-def run(
-    proposal: Proposal, ok: jax.Array, known: dict[core.Var, Any]
-) -> tuple[Any, Any]:
+def run(proposal: Proposal, ok: jax.Array, known: dict[core.Var, Any]) -> tuple[Any, Any]:
     """Updates and new state if ``ok``, else updates of -0.0 and the old state, bit for bit."""
     variables, values = tuple(known), tuple(known.values())
 
@@ -202,18 +201,18 @@ def _select_where_produced(
     old_values = {}
     for index, atom in zip(proposal.old_state, outputs, strict=True):
         is_produced = isinstance(atom, core.Var) and atom not in inputs
-        if is_produced and atom.aval.dtype == arguments[index].dtype:
+        if is_produced and getattr(atom.aval, "dtype", None) == arguments[index].dtype:
             old_values.setdefault(atom, arguments[index])
     leaves = _evaluate(
         proposal.jaxpr, arguments, known, old_values, lambda new, old: jnp.where(ok, new, old)
     )
-    done = {i for i, atom in enumerate(outputs) if _is_done(atom, i, proposal, old_values, arguments)}
+    done = {
+        i for i, atom in enumerate(outputs) if _is_done(atom, i, proposal, old_values, arguments)
+    }
     return _select_leaves(proposal, ok, leaves, arguments, done)
 
 
-def _select_at_the_end(
-    proposal: Proposal, ok: jax.Array, arguments: Sequence[Any]
-) -> list[Any]:
+def _select_at_the_end(proposal: Proposal, ok: jax.Array, arguments: Sequence[Any]) -> list[Any]:
     sane = [
         jnp.where(ok, value, jnp.ones_like(value)) if i in proposal.sanitized else value
         for i, value in enumerate(arguments)
@@ -282,9 +281,7 @@ def _read(known: dict[core.Var, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else known[atom]
 
 
-def _evaluate_equation(
-    equation: core.JaxprEqn, known: dict[core.Var, Any]
-) -> dict[core.Var, Any]:
+def _evaluate_equation(equation: core.JaxprEqn, known: dict[core.Var, Any]) -> dict[core.Var, Any]:
     values = [_read(known, atom) for atom in equation.invars]
     parameters = equation.primitive.get_bind_params(equation.params)
     if isinstance(parameters, tuple):  # JAX before 0.9 gives the functions apart

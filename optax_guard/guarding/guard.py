@@ -186,8 +186,8 @@ def guard(
         # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
         ok, was_poisoned = lax.cond(
             ok,
-            lambda *old: (jnp.asarray(True), _false_like(*old, axis_name)),
-            lambda *old: (jnp.asarray(False), _has_nonfinite(*old)),
+            lambda p, s, exempt: (jnp.asarray(True), _false_like(p, s, exempt, axis_name)),
+            lambda p, s, exempt: (jnp.asarray(False), _has_nonfinite(p, s, exempt)),
             params,
             state.inner_state,
             state.initially_nonfinite,
@@ -209,40 +209,33 @@ def guard(
         )
         return new_updates, new_state
 
-    def _record(
-        state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states
-    ):
+    def _record(state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states):
         skipped = reason > 0
         in_a_row = jnp.where(skipped, increment(state.skipped_in_a_row), 0)
         gave_up = state.gave_up | ((reason & ALREADY_NONFINITE) > 0)
         if max_consecutive_skips is not None:
             gave_up |= in_a_row >= max_consecutive_skips
         step = increment(state.guard_step)
-        fault = (step, reason, fault_leaves, leaf_norms)
-        last_fault = tree_where(
-            skipped,
-            fault,
-            (
-                state.last_fault_step,
-                state.last_fault_reason,
-                state.last_fault_leaves,
-                state.last_fault_norms,
-            ),
+        recorded = state._replace(
+            inner_state=inner_state,
+            guard_step=step,
+            skipped_total=jnp.where(skipped, increment(state.skipped_total), state.skipped_total),
+            skipped_in_a_row=in_a_row,
+            last_step_skipped=skipped,
+            skip_reason=reason,
+            gave_up=gave_up,
+            grad_norm=grad_norm.astype(jnp.float32),
+            leaf_norms=leaf_norms,
+            condition_states=condition_states,
         )
-        return GuardState(
-            inner_state,
-            step,
-            jnp.where(skipped, increment(state.skipped_total), state.skipped_total),
-            in_a_row,
-            skipped,
-            reason,
-            gave_up,
-            grad_norm.astype(jnp.float32),
-            leaf_norms,
-            *last_fault,
-            state.initially_nonfinite,
-            condition_states,
-        )
+        fault = {
+            "last_fault_step": step,
+            "last_fault_reason": reason,
+            "last_fault_leaves": fault_leaves,
+            "last_fault_norms": leaf_norms,
+        }
+        before = {name: getattr(state, name) for name in fault}
+        return recorded._replace(**tree_where(skipped, fault, before))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -332,7 +325,7 @@ def _stack_flags(flags: Sequence[jax.Array]) -> jax.Array:
 def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:
     total = jnp.zeros((), jnp.int32)
     for bit, holds in reasons:
-        total += jnp.where(holds, bit, 0).astype(jnp.int32)
+        total = total + jnp.where(holds, bit, 0).astype(jnp.int32)
     return total
 
 
@@ -373,8 +366,10 @@ def _false_like(params: Any, inner_state: Any, is_exempt: jax.Array, axis_name: 
     """False, of the mesh axes that ``_has_nonfinite`` varies over: it looks at no element."""
     if axis_name is None:
         return jnp.asarray(False)
-    nothing = [[leaf.reshape(-1)[:0] for leaf in _inexact(tree)] for tree in (params, inner_state)]
-    return _has_nonfinite(*nothing, is_exempt)
+    nothing = jax.tree.map(
+        lambda leaf: leaf.reshape(-1)[:0], (_inexact(params), _inexact(inner_state))
+    )
+    return _has_nonfinite(nothing[0], nothing[1], is_exempt)
 
 
 def _judge_proposal(

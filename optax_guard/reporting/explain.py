@@ -74,7 +74,9 @@ def check(opt_state: Any, params: Any = None) -> None:
         return
     state = next(guard for guard, flag in zip(guards, gave_up, strict=True) if bool(flag))
     names = _names(params, state)
-    faulty = tuple(name for name, bad in zip(names, _host(state.last_fault_leaves), strict=True) if bad)
+    faulty = tuple(
+        name for name, bad in zip(names, _host(state.last_fault_leaves), strict=True) if bad
+    )
     reason = int(_host(state.last_fault_reason))
     raise GuardGaveUp(
         f"The guard gave up. {_describe(state, params)}",
