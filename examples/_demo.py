@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,21 +110,13 @@ def read_idx(path: str | Path, *, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(sizes)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that opens no window, laid out so that nothing overlaps."""
-    with matplotlib.rc_context(_STYLE):
-        return Figure(figsize=(width, height), layout="constrained")
-
-
-def figure_style() -> matplotlib.RcParams:
-    """The context in which axes are made and drawn on."""
-    return matplotlib.rc_context(_STYLE)
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG of twice the width at which a README shows it, and says where."""
+@contextlib.contextmanager
+def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Gives a figure to draw on, and writes it to ``path`` as a PNG; sizes are in inches."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No version of matplotlib inside, so that the same figure gives the same file.
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # No version of matplotlib inside, so that the same figure gives the same file.
+        figure.savefig(path, dpi=125, metadata={"Software": None})

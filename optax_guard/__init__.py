@@ -5,6 +5,7 @@ from optax_guard.clipping.by_rms import ClipByRmsState, clip_by_rms
 from optax_guard.clipping.by_zscore import ClipByZscoreState, ZscoreHistory, clip_by_zscore
 from optax_guard.guarding.conditions import Condition, SpikeState, norm_above, spike
 from optax_guard.guarding.guard import GuardState, guard, stabilize
+from optax_guard.guarding.microbatch import SkipMicrobatchState, skip_microbatch
 from optax_guard.normalizing import NormalizeAndScaleState, normalize_and_scale
 from optax_guard.reporting.explain import GuardGaveUp, check, explain
 from optax_guard.reporting.metrics import metrics, select, step_ok
@@ -20,6 +21,7 @@ __all__ = [
     "GuardGaveUp",
     "GuardState",
     "NormalizeAndScaleState",
+    "SkipMicrobatchState",
     "SpikeState",
     "ZeroNonfiniteState",
     "ZscoreHistory",
@@ -33,6 +35,7 @@ __all__ = [
     "norm_above",
     "normalize_and_scale",
     "select",
+    "skip_microbatch",
     "spike",
     "stabilize",
     "step_ok",

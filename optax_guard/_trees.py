@@ -23,7 +23,8 @@ def strong(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray) and leaf.dtype == jax.dtypes.float0:
         return leaf
     leaf = jnp.asarray(leaf)
-    return jnp.asarray(leaf, dtype=leaf.dtype) if leaf.weak_type else leaf
+    is_weak = getattr(leaf, "weak_type", False)  # arrays of PRNG keys have no such thing
+    return jnp.asarray(leaf, dtype=leaf.dtype) if is_weak else leaf
 
 
 class FloatLeaves(NamedTuple):

@@ -181,9 +181,9 @@ def clip_by_zscore(
             streak, norms, is_warm & (norms > 2 * clipped), rebaseline_after
         )
         started = add_to_moments(moments, norms)
-        new_mean = moving_average(mean, clipped, threshold(decay))
-        square = (clipped - new_mean) ** 2
-        new_variance = moving_average(moments.variance, square, threshold(decay))
+        weight = threshold(1 - decay)
+        new_mean = moving_average(mean, clipped, weight)
+        new_variance = moving_average(moments.variance, (clipped - new_mean) ** 2, weight)
 
         def pick(start, follow, restart):
             return jnp.where(is_warm, jnp.where(is_new_level, restart, follow), start)

@@ -307,4 +307,9 @@ def _evaluate(
             continue
         for var, value in _evaluate_equation(equation, values).items():
             values[var] = select(value, old_values[var]) if var in old_values else value
-    return [_read(values, atom) for atom in jaxpr.outvars]
+    return [_as_output(atom, _read(values, atom)) for atom in jaxpr.outvars]
+
+
+def _as_output(atom: Any, value: Any) -> Any:
+    # A literal may be a Python number, such as the False of a flag that update() always clears.
+    return jnp.asarray(value, atom.aval.dtype) if isinstance(atom, core.Literal) else value

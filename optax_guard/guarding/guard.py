@@ -14,9 +14,15 @@ from jax import lax
 from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_axis_name, check_count, check_flag, check_transformation
 from optax_guard._norms import AxisName, combine, psum
-from optax_guard._trees import float_leaves, is_inexact, strong
+from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping.by_norm import clip_by_norm
 from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
+from optax_guard.guarding._finite import (
+    inexact_leaves,
+    is_nonfinite,
+    nonfinite_groups,
+    stack_flags,
+)
 from optax_guard.guarding.conditions import Condition
 
 GRADIENT = 1
@@ -44,7 +50,7 @@ class GuardState(NamedTuple):
       last_fault_reason: int32 bit mask.
       last_fault_leaves: bool ``[float leaves]``, which gradients were non-finite then.
       last_fault_norms: float32 ``[float leaves]``, norms of the leaves then.
-      initially_nonfinite: bool ``[float leaves of inner_state]``, fields that ``init`` filled
+      initially_nonfinite: bool ``[groups]``, fields of ``inner_state`` that ``init`` filled
         with non-finite numbers, such as a best loss of +inf; they never count as a fault.
       condition_states: one state for each condition of ``skip_if``.
     """
@@ -162,7 +168,7 @@ def guard(
             last_fault_reason=zeros(jnp.int32),
             last_fault_leaves=zeros(jnp.bool_, num_leaves),
             last_fault_norms=zeros(jnp.float32, num_leaves),
-            initially_nonfinite=_nonfinite_at_init(inner_state, axis_name),
+            initially_nonfinite=_nonfinite_at_init(params, inner_state, axis_name),
             condition_states=tuple(condition.init() for condition in conditions),
         )
 
@@ -186,11 +192,10 @@ def guard(
         # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
         ok, was_poisoned = lax.cond(
             ok,
-            lambda p, s, exempt: (jnp.asarray(True), _false_like(p, s, exempt, axis_name)),
-            lambda p, s, exempt: (jnp.asarray(False), _has_nonfinite(p, s, exempt)),
+            lambda p, s: (jnp.asarray(True), _false_like(p, s.inner_state, axis_name)),
+            lambda p, s: (jnp.asarray(False), _was_poisoned(updates, p, s)),
             params,
-            state.inner_state,
-            state.initially_nonfinite,
+            state,
         )
         was_poisoned = _any_device(was_poisoned & (~is_finite | bad_proposal), axis_name)
         reason = _bits(
@@ -314,14 +319,6 @@ def _gradient_like(params: Any) -> Any:
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def _inexact(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-
-
-def _stack_flags(flags: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack(flags) if flags else jnp.zeros((0,), jnp.bool_)
-
-
 def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:
     total = jnp.zeros((), jnp.int32)
     for bit, holds in reasons:
@@ -341,35 +338,27 @@ def _shared_value(value: Any, axis_name: AxisName) -> jax.Array | None:
     return value if axis_name is None else lax.pmean(value, axis_name)
 
 
-def _leaf_is_nonfinite(leaf: jax.Array) -> jax.Array:
-    # x - x is 0 for every finite x, however large, and NaN for every other. Unlike all(isfinite)
-    # its sum reads x once and compiles to a library call on CPU.
-    return ~jnp.isfinite(jnp.sum(leaf - leaf))
-
-
-def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
-    """Which float leaves ``init`` made non-finite, on any device if called inside the mesh."""
-    flags = _stack_flags([~jnp.all(jnp.isfinite(leaf)) for leaf in _inexact(inner_state)])
+def _nonfinite_at_init(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array:
+    """Which fields ``init`` made non-finite, on any device if called inside the mesh."""
+    flags = nonfinite_groups(inexact_leaves(_gradient_like(params)), inner_state)
     try:
         return _any_device(flags, axis_name)
     except NameError:  # JAX: the axis is unbound, ``init`` was called outside of shard_map
         return flags
 
 
-def _has_nonfinite(params: Any, inner_state: Any, is_exempt: jax.Array) -> jax.Array:
-    in_params = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(params)])
-    in_state = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(inner_state)])
-    return jnp.any(in_params) | jnp.any(in_state & ~is_exempt)
+def _was_poisoned(gradients: Any, params: Any, state: GuardState) -> jax.Array:
+    flags = nonfinite_groups(inexact_leaves(gradients), state.inner_state, params)
+    num_exempt = state.initially_nonfinite.size
+    return jnp.any(flags[:num_exempt] & ~state.initially_nonfinite) | jnp.any(flags[num_exempt:])
 
 
-def _false_like(params: Any, inner_state: Any, is_exempt: jax.Array, axis_name: AxisName):
-    """False, of the mesh axes that ``_has_nonfinite`` varies over: it looks at no element."""
+def _false_like(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array:
+    """False, of the mesh axes that ``_was_poisoned`` varies over: it looks at no element."""
     if axis_name is None:
         return jnp.asarray(False)
-    nothing = jax.tree.map(
-        lambda leaf: leaf.reshape(-1)[:0], (_inexact(params), _inexact(inner_state))
-    )
-    return _has_nonfinite(nothing[0], nothing[1], is_exempt)
+    nothing = [leaf.reshape(-1)[:0] for leaf in inexact_leaves((params, inner_state))]
+    return jnp.any(stack_flags([is_nonfinite(leaf) for leaf in nothing]))
 
 
 def _judge_proposal(
@@ -377,11 +366,12 @@ def _judge_proposal(
 ) -> tuple[jax.Array, jax.Array]:
     """Whether the proposed updates or state are non-finite, and which leaves of the updates."""
     updates, new_state = evaluate(proposal)
-    bad_updates = _stack_flags([_leaf_is_nonfinite(leaf) for leaf in _inexact(updates)])
-    pairs = zip(new_state, jax.tree.leaves(state.inner_state), strict=True)
-    bad_state = _stack_flags([_leaf_is_nonfinite(new) for new, old in pairs if is_inexact(old)])
-    is_bad = jnp.any(bad_updates) | jnp.any(bad_state & ~state.initially_nonfinite)
-    flags = _any_device(jnp.append(bad_updates, is_bad), axis_name)
+    bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
+    like = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
+    bad_state = nonfinite_groups(like, new_state) & ~state.initially_nonfinite
+    flags = _any_device(
+        jnp.append(bad_updates, jnp.any(bad_updates) | jnp.any(bad_state)), axis_name
+    )
     return flags[-1], flags[:-1]
 
 
@@ -401,7 +391,7 @@ def _judge_conditions(
         rejects, new_state = condition.judge(safe_norm, safe_value, state)
         verdicts.append(rejects & is_finite)
         proposed.append(new_state)
-    any_rejects = jnp.any(_stack_flags(verdicts)) if verdicts else jnp.asarray(False)
+    any_rejects = jnp.any(stack_flags(verdicts)) if verdicts else jnp.asarray(False)
     is_accepted = is_finite & ~any_rejects & ~bad_proposal
     new_states = tuple(
         tree_where(is_accepted | rejects, new, old)

@@ -1,0 +1,1 @@
+"""Benchmarks: what the library costs beside plain Optax. Run them from the repository's root."""

@@ -1,0 +1,280 @@
+"""Compiling, timing and recording, the same for every benchmark and on every platform.
+
+Timings are taken round by round, each variant once a round in an order that changes, so that a
+machine that slows down for a while slows down all of them. What is reported is the median and
+the quartiles, over the rounds, of the ratio to the bare optimizer of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import optax_guard as og
+from benchmarks import _hlo
+from benchmarks._setups import num_bytes
+
+
+class Measures(NamedTuple):
+    """What the compiler says about a program.
+
+    Attributes:
+      hot_bytes: bytes read and written by a healthy step.
+      all_bytes: XLA's ``bytes accessed``, the dearest branch of every conditional included.
+      num_kernels: of a healthy step.
+      num_conditionals: in the whole program.
+      num_large_copies: of a healthy step; arrays of at least 1024 elements.
+      num_host_transfers: of a healthy step.
+      temp_bytes: memory that the step takes besides arguments and results.
+      trace_seconds: from Python to the program that the compiler gets.
+      compile_seconds: wall-clock.
+      compile_cpu_seconds: processor time of all threads.
+    """
+
+    hot_bytes: float
+    all_bytes: float
+    num_kernels: int
+    num_conditionals: int
+    num_large_copies: int
+    num_host_transfers: int
+    temp_bytes: int
+    trace_seconds: float
+    compile_seconds: float
+    compile_cpu_seconds: float
+
+
+LARGE = 1024
+
+
+def compile_and_measure(
+    function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = (), is_hot: bool = True
+) -> tuple[Any, Measures]:
+    """Compiles ``function`` for abstract or concrete arguments.
+
+    Args:
+      function: to be jitted.
+      *arguments: what it is compiled for.
+      donate: positions of the donated arguments.
+      is_hot: whether a healthy step takes the cheapest branch of every conditional, not the
+        dearest one.
+    """
+    began = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+    traced = time.perf_counter()
+    cpu_began = time.process_time()
+    compiled = lowered.compile()
+    cpu_seconds = time.process_time() - cpu_began
+    ended = time.perf_counter()
+    program = _hlo.analyze(compiled)
+    healthy = program.hot if is_hot else program.dear
+    memory = compiled.memory_analysis()
+    return compiled, Measures(
+        hot_bytes=healthy.num_bytes,
+        all_bytes=_bytes_accessed(compiled),
+        num_kernels=healthy.num_kernels,
+        num_conditionals=program.num_conditionals,
+        num_large_copies=sum(size >= LARGE for size in healthy.copies),
+        num_host_transfers=healthy.num_host_transfers,
+        temp_bytes=getattr(memory, "temp_size_in_bytes", 0),
+        trace_seconds=traced - began,
+        compile_seconds=ended - traced,
+        compile_cpu_seconds=cpu_seconds,
+    )
+
+
+def _bytes_accessed(compiled: Any) -> float:
+    costs = compiled.cost_analysis() or {}
+    costs = costs[0] if isinstance(costs, list) else costs
+    return float(costs.get("bytes accessed", np.nan))
+
+
+def warm_up_compiler() -> None:
+    """So that the first variant does not pay for starting the compiler."""
+    jax.jit(lambda x: jnp.tanh(x) @ x).lower(jnp.ones((64, 64))).compile()
+
+
+class Stepper:
+    """A compiled step whose carry is donated from call to call."""
+
+    def __init__(self, step: Callable[..., Any], carry: Any, constants: Any):
+        self._step, self._carry, self._constants = step, carry, constants
+
+    def seconds(self, num_steps: int) -> float:
+        """Time for a number of steps, until their results are there."""
+        began = time.perf_counter()
+        for _ in range(num_steps):
+            self._carry = self._step(self._carry, self._constants)
+        jax.block_until_ready(self._carry)
+        return time.perf_counter() - began
+
+
+class Timing(NamedTuple):
+    """Seconds a step, and ratios to the baseline of the same round."""
+
+    seconds: list[float]
+    ratios: list[float]
+
+    def summary(self) -> dict[str, float]:
+        low, middle, high = quartiles(self.ratios)
+        return {
+            "step_seconds": statistics.median(self.seconds),
+            "ratio": middle,
+            "ratio_low": low,
+            "ratio_high": high,
+            "num_rounds": len(self.ratios),
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+    return low, middle, high
+
+
+def interleave(
+    steppers: dict[str, Stepper],
+    baseline: str,
+    *,
+    rounds: int,
+    slice_seconds: float,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Times all steppers, one after the other in every round, after a warm-up."""
+    for stepper in steppers.values():
+        stepper.seconds(2)
+    num_steps = max(1, round(slice_seconds / steppers[baseline].seconds(3) * 3))
+    for stepper in steppers.values():
+        stepper.seconds(min(num_steps, 10))
+    order = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for _ in range(rounds):
+        for name in order.permutation(list(steppers)).tolist():
+            seconds[name].append(steppers[name].seconds(num_steps) / num_steps)
+            tick()
+    return {
+        name: Timing(own, [a / b for a, b in zip(own, seconds[baseline], strict=True)])
+        for name, own in seconds.items()
+    }
+
+
+def groups_within(budget: float, sizes: dict[str, float], baseline: str) -> list[list[str]]:
+    """Splits variants into groups that fit in memory together, the baseline in each of them."""
+    groups: list[list[str]] = []
+    left = 0.0
+    for name in sizes:
+        if name == baseline:
+            continue
+        if not groups or sizes[name] > left:
+            groups.append([baseline])
+            left = budget - sizes[baseline]
+        groups[-1].append(name)
+        left -= sizes[name]
+    return groups or [[baseline]]
+
+
+def memory_budget() -> float:
+    """Bytes that the variants of one group may take: half of what the device or host has free."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (AttributeError, ValueError, OSError):
+        return 4e9
+
+
+def random_like(tree: Any, scale: float, seed: int = 0) -> Any:
+    """Normal numbers of the shapes and dtypes of an abstract tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
+    draw = jax.jit(
+        lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype),
+        static_argnums=(1, 2),
+    )
+    drawn = [draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def bytes_of_state(init: Callable[[Any], Any], params: Any) -> int:
+    return num_bytes(jax.eval_shape(init, params))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the standard error stream; call what it yields with the name of what comes next."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(name: str) -> None:
+            bar.update(task, advance=1, description=f"{title}: {name}")
+
+        yield advance
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and date, for the record."""
+    device = jax.devices()[0]
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "optax_guard": og.__version__,
+            **versions,
+        },
+        "device": {
+            "platform": device.platform,
+            "kind": _processor() if device.platform == "cpu" else device.device_kind,
+            "count": len(jax.devices()),
+            "host_cores": os.cpu_count(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """``--json`` and ``--plot``, with defaults in a folder that git ignores."""
+    folder = Path(__file__).parent / "outputs"
+    parser.add_argument("--json", type=Path, default=folder / f"{name}.json", metavar="FILE")
+    parser.add_argument("--plot", type=Path, default=folder / f"{name}.png", metavar="FILE")
+
+
+def save_json(
+    path: Path, benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]
+) -> Path:
+    """Writes rows with all that is needed to repeat and to judge them."""
+    unimportant = ("json", "plot")
+    options = {key: value for key, value in vars(arguments).items() if key not in unimportant}
+    record = {"benchmark": benchmark, **environment(), "arguments": options, "rows": list(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def as_dict(row: Any) -> dict[str, Any]:
+    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row._asdict()

@@ -1,0 +1,216 @@
+"""The scripts in ``examples/`` run, and show what their headers say."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # as `python examples/...` has it
+
+import _demo
+import linen_train_state
+import mlp_digits
+import rnn_temporal_order
+
+MOST_BYTES = 150_000  # of a picture in the README
+
+
+def assert_is_small_png(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert 5_000 < len(content) < MOST_BYTES
+
+
+def test_mlp_digits_guarded_runs_learn_and_unguarded_ones_die(tmp_path, capsys):
+    results = mlp_digits.main(["--quick", "--out", str(tmp_path / "mlp.png")])
+
+    faults = list(mlp_digits.FAULTS)
+    nan_pixel, burst = faults.index("NaN pixel"), faults.index("8 NaN batches")
+    huge, labels = faults.index("sample ×1e6"), faults.index("random labels, loss ×1000")
+    for name, accuracy in results.accuracy.items():
+        assert accuracy.shape == results.is_alive[name].shape == (len(faults), 2)
+        assert np.median(accuracy[0]) > 85, name  # without a fault everything learns
+        if name.startswith("og."):
+            assert results.is_alive[name].all(), name
+            assert np.median(accuracy[[nan_pixel, burst]], axis=1).min() > 85, name
+    assert results.accuracy["og.stabilize (clip 1)"].min() > 80
+    assert results.accuracy["optax.zero_nans + clip 1"].min() > 80  # the strong rival
+
+    unguarded = results.is_alive["no protection"]
+    assert not unguarded[[nan_pixel, burst]].any()
+    assert unguarded[[0, huge, labels]].all()
+    assert results.accuracy["no protection"][labels].max() < 50
+    if_finite = results.is_alive["optax.apply_if_finite(5)"]
+    assert if_finite[nan_pixel].all() and not if_finite[burst].any()
+
+    assert results.explanation.startswith("Step 81 was skipped: gradients were not finite")
+    assert "hidden1/kernel" in results.explanation
+    assert "Skipped so far: 4 of 88 steps" in results.explanation
+    printed = capsys.readouterr().out
+    assert "dead" in printed and results.explanation in printed
+    assert results.figure == tmp_path / "mlp.png"
+    assert_is_small_png(results.figure)
+
+
+def test_mlp_digits_reads_idx_data_and_takes_the_first_fault_from_the_command_line(tmp_path):
+    write_dataset(tmp_path / "data", num_train=64 * 12, num_test=50)
+    argv = ["--data", str(tmp_path / "data"), "--seeds", "1", "--first-fault", "0"]
+    results = mlp_digits.main([*argv, "--out", str(tmp_path / "mlp.png")])
+    assert results.explanation.startswith("Step 1 was skipped")
+    assert "Skipped so far: 1 of 12 steps" in results.explanation
+
+
+def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
+    path = tmp_path / "figures" / "rnn.png"
+    results = rnn_temporal_order.main(["--quick", "--out", str(path)])
+
+    assert list(results) == ["none", "norm"]
+    for result in results.values():
+        assert result.final_error.shape == result.skipped.shape == (2,)
+        assert result.error.shape == result.grad_norm.shape == (2, 6)
+        assert np.isfinite(result.grad_norm).all() and (result.grad_norm > 0).all()
+        # Guessing is wrong for 75 % of the sequences.
+        assert (result.final_error < 10).all() and (result.error[:, 0] > 20).all()
+        assert not result.skipped.any()
+    assert "2/2" in capsys.readouterr().out
+    assert_is_small_png(path)
+
+
+def test_temporal_order_sequences_are_those_of_the_paper():
+    symbols, labels = rnn_temporal_order.sample(jax.random.key(0), 2000, 30)
+    assert symbols.shape == (2000, 30) and symbols.dtype == labels.dtype == np.int32
+    symbols, labels = np.asarray(symbols), np.asarray(labels)
+    rows, places = np.nonzero(symbols < 2)
+    np.testing.assert_array_equal(rows, np.repeat(np.arange(2000), 2))  # two in each
+    early, middle = places.reshape(2000, 2).T
+    assert set(early) == {3, 4, 5} and set(middle) == {15, 16, 17}
+    first, second = symbols[rows, places].reshape(2000, 2).T
+    np.testing.assert_array_equal(labels, first + 2 * second)
+    assert set(labels) == {0, 1, 2, 3} and set(symbols.ravel()) == set(range(6))
+
+
+@pytest.mark.parametrize("argv", [["--length", "9"], ["--updates", "150"]])
+def test_rnn_temporal_order_refuses_settings_that_cannot_work(argv, capsys):
+    with pytest.raises(SystemExit):
+        rnn_temporal_order.main(argv)
+    expected = "--length must be at least 10 and --updates a multiple of 100"
+    assert expected in capsys.readouterr().err
+
+
+def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
+    results = linen_train_state.main(["--quick"])
+    assert results["protected"] > 90
+    assert results["unprotected"] < 20
+    statistics = jax.tree.leaves(results["state"].batch_stats)
+    assert statistics and all(np.isfinite(leaf).all() for leaf in statistics)
+    assert results["metrics"]["guard/skipped_total"] == 1
+    assert results["metrics"]["guard/last_fault_step"] == 11
+    printed = capsys.readouterr().out
+    assert "Step 11 was skipped" in printed
+    assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed
+
+
+@pytest.mark.parametrize("script", [mlp_digits, rnn_temporal_order, linen_train_state])
+def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--quick" in capsys.readouterr().out
+    assert f"python examples/{script.__name__}.py" in script.__doc__
+
+
+def idx_bytes(array, *, magic=None):
+    """An array of bytes in the IDX format."""
+    header = bytes([0, 0, 8, array.ndim]) if magic is None else magic
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_dataset(folder, *, num_train=6, num_test=4, write=Path.write_bytes, suffix=""):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, number in (("train", num_train), ("t10k", num_test)):
+        arrays[f"{split}-images-idx3-ubyte"] = rng.integers(0, 256, (number, 28, 28), np.uint8)
+        arrays[f"{split}-labels-idx1-ubyte"] = rng.integers(0, 10, number, np.uint8)
+    for name, array in arrays.items():
+        write(folder / f"{name}{suffix}", idx_bytes(array))
+    return arrays
+
+
+def write_gzip(path, content):
+    path.write_bytes(gzip.compress(content))
+
+
+def write_with_dot(path, content):
+    path.with_name(path.name.replace("-idx", ".idx")).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"), [(Path.write_bytes, ""), (write_gzip, ".gz"), (write_with_dot, "")]
+)
+def test_idx_folder_is_read_under_every_usual_name(tmp_path, write, suffix):
+    arrays = write_dataset(tmp_path, write=write, suffix=suffix)
+    data = _demo.load_idx_folder(tmp_path)
+    images = arrays["train-images-idx3-ubyte"].reshape(6, 784)
+    np.testing.assert_array_equal(data.train_images, images.astype(np.float32) / 255)
+    np.testing.assert_array_equal(data.test_labels, arrays["t10k-labels-idx1-ubyte"])
+    assert data.test_images.shape == (4, 784) and data.train_labels.shape == (6,)
+    assert data.train_images.dtype == np.float32 and data.train_labels.dtype == np.int32
+
+
+def test_idx_folder_errors_name_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must name a folder with IDX files; .*nowhere"):
+        _demo.load_idx_folder(tmp_path / "nowhere")
+    write_dataset(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    expected = (
+        r"holds none of t10k-labels-idx1-ubyte, t10k-labels-idx1-ubyte\.gz, t10k-labels\.idx1"
+    )
+    with pytest.raises(FileNotFoundError, match=expected):
+        _demo.load_idx_folder(tmp_path)
+
+
+def test_idx_folder_error_when_images_and_labels_do_not_match(tmp_path):
+    write_dataset(tmp_path)
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(idx_bytes(np.zeros(5, np.uint8)))
+    with pytest.raises(ValueError, match="6 train images but 5 train labels; take all four"):
+        _demo.load_idx_folder(tmp_path)
+
+
+LABELS = np.arange(10, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "no IDX file of unsigned bytes with 1 dimension.*begins with nothing"),
+        (b"<html>", "begins with 3c 68 74 6d, expected 00 00 08 01"),
+        (idx_bytes(LABELS, magic=b"\x00\x00\x0d\x01"), "begins with 00 00 0d 01"),
+        (idx_bytes(LABELS.reshape(5, 2)), "begins with 00 00 08 02, expected 00 00 08 01"),
+        (idx_bytes(LABELS)[:-3], r"promises 10 bytes \(10\) but holds 7; copy it again"),
+        (idx_bytes(LABELS) + b"x", r"promises 10 bytes \(10\) but holds 11"),
+        (gzip.compress(idx_bytes(LABELS))[:-6], "damaged gzip file"),
+    ],
+    ids=["empty", "a web page", "floats", "images", "too short", "too long", "cut off gzip"],
+)
+def test_idx_file_errors_say_what_was_found(tmp_path, content, expected):
+    path = tmp_path / "labels"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as error:
+        _demo.read_idx(path, rank=1)
+    assert str(path) in str(error.value)
+
+
+def test_digits_are_split_the_same_way_every_time():
+    first, second = _demo.load_digits(), _demo.load_digits()
+    assert first.train_images.shape == (1437, 64) and first.test_images.shape == (360, 64)
+    assert first.train_images.min() == 0 and first.train_images.max() == 1
+    np.testing.assert_array_equal(first.test_labels, second.test_labels)
+    assert np.bincount(first.test_labels).min() >= 25  # every class is tested
