@@ -8,7 +8,6 @@ the quartiles, over the rounds, of the ratio to the bare optimizer of the same r
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
@@ -40,7 +39,7 @@ class Measures(NamedTuple):
       all_bytes: XLA's ``bytes accessed``, the dearest branch of every conditional included.
       num_kernels: of a healthy step.
       num_conditionals: in the whole program.
-      num_large_copies: of a healthy step; arrays of at least 1024 elements.
+      num_large_copies: of a healthy step; arrays as large as a parameter.
       num_host_transfers: of a healthy step.
       temp_bytes: memory that the step takes besides arguments and results.
       trace_seconds: from Python to the program that the compiler gets.
@@ -60,37 +59,35 @@ class Measures(NamedTuple):
     compile_cpu_seconds: float
 
 
-LARGE = 1024
-
-
-def compile_and_measure(
-    function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = (), is_hot: bool = True
+def compile_step(
+    step: Callable[[Any, Any], Any], carry: Any, constants: Any, *, large: int, is_ours: bool
 ) -> tuple[Any, Measures]:
-    """Compiles ``function`` for abstract or concrete arguments.
+    """Compiles ``step(carry, constants) -> carry`` with a donated carry.
 
     Args:
-      function: to be jitted.
-      *arguments: what it is compiled for.
-      donate: positions of the donated arguments.
-      is_hot: whether a healthy step takes the cheapest branch of every conditional, not the
+      step: to be jitted.
+      carry: what it is compiled for, abstract or not.
+      constants: likewise.
+      large: number of elements from which on an array counts as large.
+      is_ours: whether a healthy step takes the cheapest branch of every conditional, not the
         dearest one.
     """
     began = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+    lowered = jax.jit(step, donate_argnums=0).lower(carry, constants)
     traced = time.perf_counter()
     cpu_began = time.process_time()
     compiled = lowered.compile()
     cpu_seconds = time.process_time() - cpu_began
     ended = time.perf_counter()
     program = _hlo.analyze(compiled)
-    healthy = program.hot if is_hot else program.dear
+    healthy = program.hot if is_ours else program.dear
     memory = compiled.memory_analysis()
     return compiled, Measures(
         hot_bytes=healthy.num_bytes,
         all_bytes=_bytes_accessed(compiled),
         num_kernels=healthy.num_kernels,
         num_conditionals=program.num_conditionals,
-        num_large_copies=sum(size >= LARGE for size in healthy.copies),
+        num_large_copies=sum(size >= large for size in healthy.copies),
         num_host_transfers=healthy.num_host_transfers,
         temp_bytes=getattr(memory, "temp_size_in_bytes", 0),
         trace_seconds=traced - began,
@@ -257,6 +254,9 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+OUTPUTS = ("json", "plot")
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """``--json`` and ``--plot``, with defaults in a folder that git ignores."""
     folder = Path(__file__).parent / "outputs"
@@ -268,13 +268,9 @@ def save_json(
     path: Path, benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]
 ) -> Path:
     """Writes rows with all that is needed to repeat and to judge them."""
-    unimportant = ("json", "plot")
-    options = {key: value for key, value in vars(arguments).items() if key not in unimportant}
+    options = {key: value for key, value in vars(arguments).items() if key not in OUTPUTS}
     record = {"benchmark": benchmark, **environment(), "arguments": options, "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
-
-def as_dict(row: Any) -> dict[str, Any]:
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row._asdict()

@@ -29,6 +29,13 @@ class Tree(NamedTuple):
     def params_bytes(self) -> int:
         return num_bytes(self.params)
 
+    @property
+    def large(self) -> int:
+        """Elements of the smallest matrix, or of the smallest array if there is no matrix."""
+        leaves = jax.tree.leaves(self.params)
+        matrices = [leaf.size for leaf in leaves if leaf.ndim > 1]
+        return min(matrices or [leaf.size for leaf in leaves])
+
 
 def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -77,7 +84,7 @@ _GPT2_TOY = transformer_shapes(width=128, depth=3, vocabulary=8_000, context=256
 TREES: dict[str, Callable[[], Tree]] = {
     "transformer": lambda: _make_tree(_GPT2_SMALL),
     "one array": lambda: _make_tree({"kernel": (8192, 8192)}),
-    "1000 x 1000": lambda: _make_tree({f"array{i:04d}": (1000,) for i in range(1000)}),
+    "1000 arrays": lambda: _make_tree({f"array{i:04d}": (1024,) for i in range(1000)}),
     "tiny": lambda: _make_tree(mlp_shapes(64, 32, 10)),
     "bf16 gradients": lambda: _make_tree(_GPT2_SMALL, gradient_dtype=jnp.bfloat16),
     "toy transformer": lambda: _make_tree(_GPT2_TOY),

@@ -158,6 +158,17 @@ def _partitioned(tx: Any) -> Any:
     return optax.partition({"tried": tx, "other": other}, {"b": "other", "w": "tried"})
 
 
+def _raw_key_noise() -> Any:
+    """Like ``optax.add_noise``, but its key is an old-style array of two uint32."""
+
+    def update(updates, key, params=None):
+        key, subkey = jax.random.split(key)
+        noise = 0.1 * jax.random.normal(subkey, ())
+        return jax.tree.map(lambda leaf: leaf + noise, updates), key
+
+    return optax.GradientTransformation(lambda params: jax.random.PRNGKey(1), update)
+
+
 def _sam(tx: Any, **options: Any) -> Any:
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.01))
     return optax.contrib.sam(tx, adversary, **options)
@@ -174,10 +185,7 @@ CONTEXTS = {
             "noise (typed key)",
             _around(lambda tx: optax.chain(optax.add_noise(0.1, 0.55, jax.random.key(1)), tx)),
         ),
-        Context(
-            "noise (raw key)",
-            _around(lambda tx: optax.chain(optax.add_noise(0.1, 0.55, jax.random.PRNGKey(1)), tx)),
-        ),
+        Context("noise (raw key)", _around(lambda tx: optax.chain(_raw_key_noise(), tx))),
         Context("around MultiSteps", _around(lambda tx: optax.MultiSteps(tx, 2))),
         Context("inside MultiSteps", _inside_multi_steps),
         Context(

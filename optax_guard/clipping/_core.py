@@ -195,10 +195,11 @@ def _any_cut(scaling: Scaling) -> jax.Array:
 
 def _smallest_factor(scaling: Scaling) -> jax.Array:
     """For the report only, hence without derivative."""
-    smallest = [jnp.ones((), jnp.float32)]
-    for norms, limits, active in zip(scaling.norms, scaling.limits, scaling.active, strict=True):
-        factor = jnp.where(active, limits / jnp.where(active, norms, 1), 1)
-        smallest.append(jnp.min(factor, initial=np.inf).astype(jnp.float32))
-    if len(smallest) == 1:
-        return smallest[0]
-    return lax.stop_gradient(jnp.min(jnp.stack(smallest[1:])))
+    smallest = [
+        jnp.min(jnp.where(active, limits / jnp.where(active, norms, 1), 1))
+        for norms, limits, active in zip(scaling.norms, scaling.limits, scaling.active, strict=True)
+        if norms.size
+    ]
+    if not smallest:
+        return jnp.ones((), jnp.float32)
+    return lax.stop_gradient(jnp.min(jnp.stack(smallest)).astype(jnp.float32))

@@ -7,7 +7,7 @@ the shape of the norms then broadcasts against it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,29 +98,29 @@ def add_to_window(
     return values, jnp.where(count >= 2 * window, window, count)
 
 
-def percentile_of(values: jax.Array, count: jax.Array, percentile: jax.Array) -> jax.Array:
+def percentile_of(values: jax.Array, count: jax.Array, percentile: Any) -> jax.Array:
     """Percentile of the first ``count`` entries, with linear interpolation as in NumPy.
 
     Args:
       values: ``[size, *groups]``; what lies beyond ``count`` is ignored.
       count: int32 ``[*groups]``, at least 1; more than ``size`` counts as ``size``.
-      percentile: scalar in [0, 100].
+      percentile: scalar in [0, 100], a number or an array.
     """
     last = jnp.minimum(count, len(values)) - 1
     ordered = jnp.sort(jnp.where(_places(values) <= last, values, jnp.inf), axis=0)
     # The position percentile / 100 * last, whole numbers apart from the rest: a float32 product
     # knows 899.1 to 6e-5 only, and lets in as much of a spike that stands at 900.
-    whole = jnp.floor(percentile)
-    hundredths = whole.astype(jnp.int32) * last
-    rest = (hundredths % 100 + (percentile - whole) * last) / 100
-    low = hundredths // 100 + jnp.floor(rest).astype(jnp.int32)
+    whole = jnp.asarray(percentile // 1).astype(jnp.int32) * last
+    rest = whole % 100 + jnp.asarray(percentile % 1).astype(values.dtype) * last
+    low = whole // 100 + (rest // 100).astype(jnp.int32)
+    fraction = rest / 100 - rest // 100
 
     def at(index):
         index = jnp.clip(index, 0, last)
         return jnp.take_along_axis(ordered, index[jnp.newaxis], axis=0)[0]
 
     lower, upper = at(low), at(low + 1)
-    return lower + (rest - jnp.floor(rest)) * (upper - lower)
+    return lower + fraction * (upper - lower)
 
 
 def _places(values: jax.Array) -> jax.Array:
@@ -158,7 +158,7 @@ def add_to_first(first: FirstNorms, norms: jax.Array) -> FirstNorms:
     def extend(first, norms):
         values = jnp.where(_places(first.values) == first.count, norms, first.values)
         count = jnp.minimum(first.count + 1, number)
-        median = percentile_of(values, count, jnp.asarray(50, norms.dtype))
+        median = percentile_of(values, count, 50)
         return FirstNorms(count, values, median)
 
     return lax.cond(jnp.any(first.count < number), extend, lambda first, _: first, first, norms)

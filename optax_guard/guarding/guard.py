@@ -301,7 +301,7 @@ def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
 
 def _tolerant_update(inner: optax.GradientTransformation) -> Any:
     """``inner.update`` without the extra args that it does not take."""
-    update = optax.with_extra_args_support(inner).update
+    update = inner.update  # not that of with_extra_args_support: it drops those of MultiSteps
     kinds = inspect.signature(update).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in kinds):
         return update
