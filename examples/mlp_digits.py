@@ -1,6 +1,27 @@
 """Bad batches in the middle of training: what becomes of a run, guarded and not.
 
-EXPECTED
+    python examples/mlp_digits.py                # about 20 seconds on two CPU cores
+    python examples/mlp_digits.py --data DIR     # MNIST or Fashion-MNIST from IDX files: minutes
+
+A 64-128-64-10 network learns 8x8 digits by SGD with momentum. From step 20 on, every 20th batch
+goes wrong in one of four ways. "clip 1" limits the global norm of the gradients to 1; "dead" means
+that the parameters are NaN. Expected, in per cent of the test digits, median of 5 seeds and worst:
+
+                              no fault  NaN pixel   8 NaN    sample  random labels,
+                                                   batches    ×1e6     loss ×1000
+    no protection             98.1 (97)   dead       dead    8.3 (8)    7.8 (8)
+    optax.apply_if_finite(5)  98.1 (97) 98.3 (96)    dead    8.3 (8)    7.8 (8)
+    optax.zero_nans + clip 1  97.8 (97) 98.1 (97) 96.7 (96) 97.8 (97)  98.1 (98)
+    og.stabilize (clip 1)     97.8 (97) 98.1 (97) 97.2 (96) 97.8 (97)  98.1 (98)
+    og.guard + z-score        97.8 (97) 98.3 (98) 97.2 (97) 97.8 (8)    8.9 (8)
+    og.guard + z-score, ≤ 1   97.8 (97) 98.1 (97) 96.9 (96) 97.8 (97)  98.1 (98)
+    og.guard + normalize to 1 96.9 (95) 97.5 (96) 97.2 (96) 97.5 (95)  97.5 (96)
+
+To be read with the rivals in mind. Two lines of Optax, `zero_nans` and `clip_by_global_norm(1)`,
+survive all this as well as `og.stabilize`; they do not say that anything happened, or where.
+`apply_if_finite` accepts the sixth NaN in a row. A guard alone does not stop finite faults: the
+z-score rule is still warming up at step 20 and has no limit until that is over. A huge sample
+hurts only if the network has it wrong at the time, so that some unprotected seeds escape.
 """
 
 from __future__ import annotations
@@ -244,7 +265,7 @@ def plot(runs: dict[str, Run], first_fault: int, path: Path) -> None:
             for begin in range(first_fault, runs[STABILIZED].accuracy.shape[-1], FAULT_PERIOD):
                 end = begin + FAULTS[fault].length
                 for axis in (above, below):
-                    axis.axvspan(begin, end, color="#DCDCDC", linewidth=0, label="bad batches")
+                    axis.axvspan(begin, end, color="#D4D4D4", linewidth=0, label="bad batches")
         axes[0, 0].set(ylabel="test accuracy %", ylim=(0, 102))
         axes[1, 0].set(ylabel="gradient norm")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -263,7 +284,9 @@ def plot_run(above: Axes, below: Axes, run: Run, fault: str, style: dict[str, An
     if np.mean(run.is_alive[index]) < 0.5 and np.isfinite(norm).any():
         last = np.flatnonzero(np.isfinite(norm))[-1]
         below.plot(last, norm[last], "x", color=style["color"], markersize=8, markeredgewidth=2)
-        below.annotate("NaN for good", (last, norm[last]), (8, 30), textcoords="offset points")
+        if not below.texts:
+            place = {"xy": (last, norm[last]), "xytext": (12, 45), "textcoords": "offset points"}
+            below.annotate("NaN from here on", **place, arrowprops={"arrowstyle": "-"})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,23 @@
 """Exploding gradients in a recurrent network: the temporal order problem.
 
+    python examples/rnn_temporal_order.py        # RUNTIME on two CPU cores
+    python examples/rnn_temporal_order.py --methods none clip_by_norm --seeds 4
+
+A and B occur in a sequence of 30 symbols, once early and once in the middle; which came when must
+be told at the end. One layer of 50 tanh units, plain SGD with learning rate 0.1, 6000 updates on
+fresh batches of 20. A seed has solved it when under 1 % of 10,000 fresh sequences are wrong.
+Expected of 16 seeds:
+
 EXPECTED
+
+All methods are guarded, and no step is skipped: these gradients explode without overflowing, which
+takes a clip, not a guard. Normalised steps find the solution and walk out of it again, since their
+length never shrinks. The z-score rule learns its limit from norms that have exploded already; it
+needs the cap. Clipping is no cure-all: with `--length 20 --lr 0.01`, 13 of 16 seeds succeed with
+it and without.
+
+Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks,
+2013, https://arxiv.org/abs/1211.5063, section 4.1.1.
 """
 
 from __future__ import annotations
@@ -70,10 +87,10 @@ def make_methods(learning_rate: float) -> dict[str, optax.GradientTransformation
     """Plain SGD behind different clips, all of them guarded."""
     clips = {
         "none": optax.identity(),
-        "norm": og.clip_by_norm(1.0),
-        "normalize": og.normalize_and_scale(1.0),
-        "zscore": og.clip_by_zscore(2.5),
-        "zscore_capped": og.clip_by_zscore(2.5, max_norm=1.0),
+        "clip_by_norm": og.clip_by_norm(1.0),
+        "normalize_and_scale": og.normalize_and_scale(1.0),
+        "clip_by_zscore": og.clip_by_zscore(2.5),
+        "clip_by_zscore_capped": og.clip_by_zscore(2.5, max_norm=1.0),
     }
     sgd = optax.sgd(learning_rate)
     return {name: og.guard(optax.chain(clip, sgd)) for name, clip in clips.items()}
@@ -163,28 +180,26 @@ def make_table(results: dict[str, Result]) -> Table:
 
 LINES = {
     "none": {"color": _demo.VERMILION},
-    "norm": {"color": _demo.BLUE},
-    "normalize": {"color": _demo.PURPLE},
-    "zscore": {"color": _demo.ORANGE},
-    "zscore_capped": {"color": _demo.GREEN, "linestyle": (0, (4, 2))},
+    "clip_by_norm": {"color": _demo.BLUE},
+    "normalize_and_scale": {"color": _demo.PURPLE},
+    "clip_by_zscore": {"color": _demo.ORANGE},
+    "clip_by_zscore_capped": {"color": _demo.GREEN, "linestyle": (0, (4, 2))},
 }
 
 
 def plot(results: dict[str, Result], setting: Setting, path: Path) -> None:
     """How many seeds have the problem solved, and gradient norms."""
-    with _demo.figure_at(path, 8, 3.6) as figure:
+    with _demo.figure_at(path, 8, 3.8) as figure:
         left, right = figure.subplots(1, 2)
         updates = np.arange(setting.block, setting.updates + 1, setting.block)
         for name, result in results.items():
             left.plot(updates, np.sum(result.error < SOLVED, axis=0), label=name, **LINES[name])
             right.plot(updates, np.median(result.grad_norm, axis=0), **LINES[name])
-            low, high = np.quantile(result.grad_norm, (0.1, 0.9), axis=0)
-            right.fill_between(updates, low, high, color=LINES[name]["color"], alpha=0.15, lw=0)
         left.set(xlabel="update", ylim=(-0.3, setting.seeds + 0.3))
         left.set_title(f"Seeds below {SOLVED:.0f} % error, of {setting.seeds}")
         right.set(xlabel="update", yscale="log")
-        right.set_title(f"Largest gradient norm in {setting.block} updates")
-        figure.legend(loc="outside upper center", ncols=len(results))
+        right.set_title(f"Largest gradient norm in {setting.block} updates, median")
+        figure.legend(loc="outside upper center", ncols=3)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,12 +1,30 @@
 """Optax transformations that keep training alive and tell what happened."""
 
+from optax_guard.clipping.by_ema import ClipByEmaState, EmaHistory, clip_by_ema
+from optax_guard.clipping.by_max_ema import ClipByMaxEmaState, clip_by_max_ema
+from optax_guard.clipping.by_median import ClipByMedianState, MedianHistory, clip_by_median
 from optax_guard.clipping.by_norm import ClipByNormState, clip_by_norm
+from optax_guard.clipping.by_param_norm import ClipByParamNormState, clip_by_param_norm
+from optax_guard.clipping.by_percentile import (
+    ClipByPercentileState,
+    PercentileHistory,
+    clip_by_percentile,
+)
+from optax_guard.clipping.by_relative_change import (
+    ClipByRelativeChangeState,
+    clip_by_relative_change,
+)
 from optax_guard.clipping.by_rms import ClipByRmsState, clip_by_rms
 from optax_guard.clipping.by_zscore import ClipByZscoreState, ZscoreHistory, clip_by_zscore
 from optax_guard.guarding.conditions import Condition, SpikeState, norm_above, spike
 from optax_guard.guarding.guard import GuardState, guard, stabilize
 from optax_guard.guarding.microbatch import SkipMicrobatchState, skip_microbatch
-from optax_guard.normalizing import NormalizeAndScaleState, normalize_and_scale
+from optax_guard.normalizing.and_scale import NormalizeAndScaleState, normalize_and_scale
+from optax_guard.normalizing.by_ema_norm import (
+    EmaNormHistory,
+    NormalizeByEmaNormState,
+    normalize_by_ema_norm,
+)
 from optax_guard.reporting.explain import GuardGaveUp, check, explain
 from optax_guard.reporting.metrics import metrics, select, step_ok
 from optax_guard.zeroing import ZeroNonfiniteState, zero_nonfinite
@@ -14,19 +32,36 @@ from optax_guard.zeroing import ZeroNonfiniteState, zero_nonfinite
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipByEmaState",
+    "ClipByMaxEmaState",
+    "ClipByMedianState",
     "ClipByNormState",
+    "ClipByParamNormState",
+    "ClipByPercentileState",
+    "ClipByRelativeChangeState",
     "ClipByRmsState",
     "ClipByZscoreState",
     "Condition",
+    "EmaHistory",
+    "EmaNormHistory",
     "GuardGaveUp",
     "GuardState",
+    "MedianHistory",
     "NormalizeAndScaleState",
+    "NormalizeByEmaNormState",
+    "PercentileHistory",
     "SkipMicrobatchState",
     "SpikeState",
     "ZeroNonfiniteState",
     "ZscoreHistory",
     "check",
+    "clip_by_ema",
+    "clip_by_max_ema",
+    "clip_by_median",
     "clip_by_norm",
+    "clip_by_param_norm",
+    "clip_by_percentile",
+    "clip_by_relative_change",
     "clip_by_rms",
     "clip_by_zscore",
     "explain",
@@ -34,6 +69,7 @@ __all__ = [
     "metrics",
     "norm_above",
     "normalize_and_scale",
+    "normalize_by_ema_norm",
     "select",
     "skip_microbatch",
     "spike",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def increment(count: jax.Array) -> jax.Array:
@@ -46,3 +47,19 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def _safe_sqrt_jvp(primals, tangents):
     root = safe_sqrt(primals[0])
     return root, safe_ratio(tangents[0], 2 * root)
+
+
+def root_sum_square(values: jax.Array) -> jax.Array:
+    """Euclidean norm of non-negative values, whose squares may neither overflow nor vanish."""
+    unit = lax.stop_gradient(jnp.max(values, initial=0))  # drops out of value and derivative
+    unit = jnp.where(unit > 0, unit, 1)
+    return unit * safe_sqrt(jnp.sum(jnp.square(values / unit)))
+
+
+def times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
+    """``leaf * factor`` for a real factor, computed in its precision, in the dtype of the leaf."""
+    if jnp.iscomplexobj(leaf):
+        # A complex product would turn Inf into NaN and -0.0 into 0.0.
+        return lax.complex(times(leaf.real, factor), times(leaf.imag, factor))
+    wide = jnp.promote_types(leaf.dtype, factor.dtype)
+    return (leaf.astype(wide) * factor).astype(leaf.dtype)

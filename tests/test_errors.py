@@ -339,7 +339,7 @@ def test_parameters_that_do_not_fit_the_guard_are_an_error():
     _, state = tx.update(jax.tree.map(lambda leaf: leaf * jnp.nan, params), tx.init(params))
     message = (
         r"^params has 1 float leaves, but the guard watches 2\. Pass the tree of parameters "
-        r"that the optimizer was initialised with\.$"
+        r"that the optimizer was initialised with; with Flax NNX, nnx\.state\(model, nnx\.Param\)\.$"
     )
     with pytest.raises(ValueError, match=message):
         og.explain(state, {"a": jnp.ones(1)})

@@ -17,10 +17,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_guard._arrays import increment, tree_where
-from optax_guard._norms import AxisName, Measurement, Scaling, combine, measure, rescale
-from optax_guard._scopes import Groups, Scope, make_groups
+from optax_guard._arrays import increment, root_sum_square, safe_ratio, tree_where
+from optax_guard._norms import AxisName, Measurement, Scaling, measure, rescale
+from optax_guard._scopes import Groups, Scope, make_groups, stack
 from optax_guard._trees import FloatLeaves, float_leaves
+
+_SMALL_NORM = 1e-9  # measured without the second read, norms down to here are right
 
 
 class Context(NamedTuple):
@@ -29,14 +31,18 @@ class Context(NamedTuple):
     Attributes:
       step: int32 scalar, the number of finite steps so far.
       size: number of elements of each group, broadcastable to the norms.
-      global_norm: scalar, norm over the whole tree.
       param_norms: norms of the parameters, grouped as the gradient is; None if not asked for.
+      global_norm: scalar, norm over the whole tree; saturates at about 1e30 (float64: 1e246).
+        None if not asked for.
+      shares: norm of each group relative to the norm over the whole tree, at any size; None if
+        not asked for.
     """
 
     step: jax.Array
     size: Any
-    global_norm: jax.Array
-    param_norms: jax.Array | None
+    param_norms: jax.Array | None = None
+    global_norm: jax.Array | None = None
+    shares: jax.Array | None = None
 
 
 class Rule(NamedTuple):
@@ -49,6 +55,8 @@ class Rule(NamedTuple):
       smallest_limit: a lower bound on all limits, ``context -> scalar``, where one is known
         before the norms are; it spares zero gradients their second read.
       needs_params: whether the rule reads ``context.param_norms``.
+      param_norm_floor: norms of parameters below it need not be told apart.
+      needs_global_norm: whether it reads ``context.global_norm`` or ``context.shares``.
       is_target: whether the limit is the norm to give (normalise) and not the largest allowed.
     """
 
@@ -56,6 +64,8 @@ class Rule(NamedTuple):
     limit: Callable[[jax.Array, Any, Context], tuple[jax.Array, Any]]
     smallest_limit: Callable[[Context], Any] | None = None
     needs_params: bool = False
+    param_norm_floor: Any = 0.0
+    needs_global_norm: bool = False
     is_target: bool = False
 
 
@@ -146,9 +156,13 @@ def _contexts(
                 "params. Call update(updates, state, params)."
             )
         arrays = split.matching(params)
-        param_norms = measure(arrays, groups, axis_name=axis_name).norms
+        # Zero biases would be read a second time, to tell their norm from 1e-30, at every step.
+        small_norms_matter = jnp.asarray(rule.param_norm_floor) < _SMALL_NORM
+        param_norms = measure(
+            arrays, groups, axis_name=axis_name, small_norms_matter=small_norms_matter
+        ).norms
     return [
-        Context(step, size * num_shards, jnp.zeros((), groups.dtype), norms)
+        Context(step, size * num_shards, norms)
         for size, norms in zip(groups.sizes, param_norms, strict=True)
     ]
 
@@ -157,7 +171,7 @@ def _small_norms_matter(rule: Rule, contexts: Sequence[Context]) -> jax.Array | 
     if rule.smallest_limit is None:
         return True
     bounds = [jnp.min(jnp.asarray(rule.smallest_limit(c)), initial=np.inf) for c in contexts]
-    return jnp.min(jnp.stack(bounds)) < 1e-9 if bounds else False
+    return jnp.min(jnp.stack(bounds)) < _SMALL_NORM if bounds else False
 
 
 def _decide(
@@ -168,16 +182,15 @@ def _decide(
     groups: Groups,
 ) -> tuple[Scaling, list[Any]]:
     """Limits for every group, and the histories that follow if the step is finite."""
-    global_norm = combine(measured.leaf_norms, measured.leaf_finite).astype(groups.dtype)
+    if rule.needs_global_norm:
+        contexts = _with_global_norm(contexts, measured, groups.dtype)
     limits, active, new_histories = [], [], []
     for norms, is_finite, history, context in zip(
         measured.norms, measured.finite, histories, contexts, strict=True
     ):
         usable = is_finite & (norms > 0)
         safe_norms = jnp.where(usable, norms, 1)
-        limit, new_history = rule.limit(
-            safe_norms, history, context._replace(global_norm=global_norm)
-        )
+        limit, new_history = rule.limit(safe_norms, history, context)
         limit = jnp.broadcast_to(limit, norms.shape).astype(norms.dtype)
         limits.append(limit)
         active.append(usable if rule.is_target else usable & (safe_norms > limit))
@@ -186,6 +199,26 @@ def _decide(
         Scaling(measured.norms, measured.scaled, tuple(limits), tuple(active)),
         new_histories,
     )
+
+
+def _with_global_norm(
+    contexts: Sequence[Context], measured: Measurement, dtype: np.dtype
+) -> list[Context]:
+    """Adds the norm over all finite groups, and each group's share of it."""
+    most = float(jnp.finfo(dtype).max) ** 0.8
+    finite = list(zip(measured.norms, measured.scaled, measured.finite, strict=True))
+    norms = [jnp.where(is_finite, norm, 0) for norm, _, is_finite in finite]
+    scaled = [jnp.where(is_finite, small, 0) for _, small, is_finite in finite]
+    largest = [jnp.max(norm, initial=0) for norm in norms]
+    is_large = jnp.max(jnp.stack(largest), initial=0) > most if largest else False
+    parts = [jnp.where(is_large, small, norm) for small, norm in zip(scaled, norms, strict=True)]
+    total = root_sum_square(stack([root_sum_square(part) for part in parts], dtype))
+    return [
+        context._replace(
+            global_norm=jnp.where(is_large, most, total), shares=safe_ratio(part, total)
+        )
+        for context, part in zip(contexts, parts, strict=True)
+    ]
 
 
 def _any_cut(scaling: Scaling) -> jax.Array:

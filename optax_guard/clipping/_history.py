@@ -113,7 +113,7 @@ def percentile_of(values: jax.Array, count: jax.Array, percentile: Any) -> jax.A
     whole = jnp.asarray(percentile // 1).astype(jnp.int32) * last
     rest = whole % 100 + jnp.asarray(percentile % 1).astype(values.dtype) * last
     low = whole // 100 + (rest // 100).astype(jnp.int32)
-    fraction = rest / 100 - rest // 100
+    fraction = (rest % 100) / 100
 
     def at(index):
         index = jnp.clip(index, 0, last)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._trees import float_leaves
 from optax_guard.guarding import guard as _guard
+from optax_guard.reporting._names import named_leaves
 from optax_guard.reporting.metrics import first_leaf, guard_states
 
 _REASONS = {
@@ -73,6 +73,8 @@ def check(opt_state: Any, params: Any = None) -> None:
     if not bool(gave_up[0] if len(gave_up) == 1 else jnp.any(jnp.stack(gave_up))):
         return
     state = next(guard for guard, flag in zip(guards, gave_up, strict=True) if bool(flag))
+    if params is not None and len(_names_in(params)) != _host(state.last_fault_leaves).size:
+        params = None  # of another structure: to raise matters more than the names
     names = _names(params, state)
     faulty = tuple(
         name for name, bad in zip(names, _host(state.last_fault_leaves), strict=True) if bad
@@ -122,13 +124,18 @@ def _names(params: Any, state: _guard.GuardState) -> tuple[str, ...]:
     count = _host(state.last_fault_leaves).size
     if params is None:
         return tuple(f"leaf {index}" for index in range(count))
-    names = float_leaves(_guard._gradient_like(params)).paths
+    names = _names_in(params)
     if len(names) != count:
         raise ValueError(
             f"params has {len(names)} float leaves, but the guard watches {count}. Pass the "
-            "tree of parameters that the optimizer was initialised with."
+            "tree of parameters that the optimizer was initialised with; with Flax NNX, "
+            "nnx.state(model, nnx.Param)."
         )
     return names
+
+
+def _names_in(params: Any) -> tuple[str, ...]:
+    return tuple(name for name, _ in named_leaves(_guard._gradient_like(params)))
 
 
 def _describe(state: _guard.GuardState, params: Any) -> str:
@@ -161,10 +168,9 @@ def _poisoned_parameters(params: Any, reason: int) -> list[str]:
     """Names the non-finite parameters when the fault was theirs."""
     if params is None or not reason & _guard.ALREADY_NONFINITE:
         return []
-    split = float_leaves(params)
     bad = [
-        path
-        for path, leaf in zip(split.paths, split.arrays, strict=True)
+        name
+        for name, leaf in named_leaves(params)
         if not np.all(np.isfinite(np.asarray(jax.device_get(leaf)).astype(np.complex128)))
     ]
     place = ", ".join(bad[:_MOST_LEAVES]) if bad else "the optimizer state"

@@ -1,0 +1,1 @@
+"""Normalising transformations, one rule a file."""
