@@ -197,7 +197,6 @@ def describe(
     hot = collections.Counter(healthy.collectives)
     rare = collections.Counter(program.dear.collectives) - hot
     return {
-        "variant": name,
         "hot": [collective._asdict() for collective in hot.elements()],
         "rare": [collective._asdict() for collective in rare.elements()],
         "num_all_gathers": sum("gather" in each.kind for each in hot.elements()),
@@ -224,9 +223,9 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
         {
             "layout": lambda row: row["layout"],
             "pipeline": lambda row: row["variant"],
-            "collectives (elements)": lambda row: in_words(row["hot"]),
-            "in rare branches": lambda row: in_words(row["rare"]),
-            "bytes of state added": lambda row: f"{row['state_bytes_added']:,}",
+            "collectives (elements)": lambda row: in_words(row["hot"]) if "hot" in row else "fails",
+            "in rare branches": lambda row: in_words(row["rare"]) if "rare" in row else "-",
+            "bytes of state added": lambda row: f"{row.get('state_bytes_added', 0):,}",
         },
     )
 
@@ -277,8 +276,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with _harness.progress("collectives", len(work) * len(arguments.variants)) as advance:
         for layout_name, shapes, layout in work:
             for name in arguments.variants:
-                row = {"layout": layout_name, "optimizer": arguments.optimizer}
-                rows.append(row | describe(shapes, layout, optimizer, name))
+                row = {"layout": layout_name, "optimizer": arguments.optimizer, "variant": name}
+                try:
+                    row |= describe(shapes, layout, optimizer, name)
+                except (TypeError, ValueError) as error:  # a local verdict where all must agree
+                    row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                rows.append(row)
                 advance(f"{layout_name}, {name}")
     print(to_markdown(rows))
     _harness.save_json(arguments.json, "collectives", arguments, rows)

@@ -1,16 +1,16 @@
 """A Flax Linen TrainState with BatchNorm that survives a NaN batch.
 
-    python examples/linen_train_state.py
+    python examples/linen_train_state.py    # 10 seconds of CPU time
 
-The guard holds back parameters and optimizer state. BatchNorm statistics live outside the
-optimizer, so the training step keeps them with `og.step_ok` and `og.select`. Expected after
-about 5 seconds: 98.9 % of the test digits are right, and 10.8 % without these two calls.
+BatchNorm statistics live outside the optimizer, so the guard cannot hold them back; `og.step_ok`
+and `og.select` do. Expected: 98.9 % of the test digits right, 10.8 % without these two calls.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import _demo
@@ -37,7 +37,7 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-@jax.jit(static_argnames="keep_statistics")
+@partial(jax.jit, static_argnames="keep_statistics")
 def train_step(state: TrainState, images, labels, *, keep_statistics: bool) -> TrainState:
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -55,7 +55,7 @@ def train_step(state: TrainState, images, labels, *, keep_statistics: bool) -> T
 def train(data: _demo.Dataset, epochs: int, *, keep_statistics: bool) -> tuple[TrainState, float]:
     """Returns the trained state and its test accuracy in percent."""
     net, rng = Net(), np.random.default_rng(0)
-    variables = net.init(jax.random.key(0), data.train_images[:1], is_training=False)
+    variables = net.init(jax.random.key(0), data.train_images, is_training=False)
     optimizer = og.stabilize(optax.sgd(0.05, momentum=0.9))
     state = TrainState.create(apply_fn=net.apply, tx=optimizer, **variables)
     num_batches = len(data.train_labels) // BATCH_SIZE
@@ -73,16 +73,16 @@ def train(data: _demo.Dataset, epochs: int, *, keep_statistics: bool) -> tuple[T
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A Linen TrainState that survives a NaN batch.")
     parser.add_argument("--quick", action="store_true", help="2 epochs instead of 10")
     epochs = 2 if parser.parse_args(argv).quick else 10
     _, without_select = train(_demo.load_digits(), epochs, keep_statistics=False)
     state, accuracy = train(_demo.load_digits(), epochs, keep_statistics=True)
     print(og.explain(state, state.params))
-    metrics = og.metrics(state)
-    print("\n".join(f"  {name} = {value.item():g}" for name, value in metrics.items()))
+    for name, value in og.metrics(state).items():
+        print(f"  {name} = {value.item():g}")
     print(f"Test accuracy: {accuracy:.1f} %, without og.select {without_select:.1f} %.")
-    return {"accuracy": accuracy, "without_select": without_select, "metrics": metrics}
+    return {"accuracy": accuracy, "without_select": without_select, "state": state}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _demo import Dataset
 from flax import nnx
 from matplotlib.axes import Axes
 from rich import box
@@ -131,7 +130,7 @@ class Start(NamedTuple):
     random_labels: jax.Array  # int32 [steps, BATCH_SIZE]
 
 
-def make_start(seed: jax.Array, data: Dataset, epochs: int) -> Start:
+def make_start(seed: jax.Array, data: _demo.Dataset, epochs: int) -> Start:
     key = jax.random.key(seed)
     model = MLP(data.train_images.shape[1], rngs=nnx.Rngs(key))
     keys = jax.random.split(jax.random.fold_in(key, 1), epochs)
@@ -155,7 +154,7 @@ class Run(NamedTuple):
 
 def train(
     optimizer: optax.GradientTransformation,
-    data: Dataset,
+    data: _demo.Dataset,
     start: Start,
     fault: jax.Array,
     first_fault: jax.Array,
@@ -196,7 +195,7 @@ def train(
 
 
 def train_all(
-    data: Dataset, *, seeds: int, epochs: int, first_fault: int, console: Console
+    data: _demo.Dataset, *, seeds: int, epochs: int, first_fault: int, console: Console
 ) -> dict[str, Run]:
     """Every optimizer, and for each of them all faults and seeds at once."""
     data = jax.tree.map(jnp.asarray, data)

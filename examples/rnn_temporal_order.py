@@ -1,6 +1,6 @@
 """Exploding gradients in a recurrent network: the temporal order problem.
 
-    python examples/rnn_temporal_order.py        # RUNTIME on two CPU cores
+    python examples/rnn_temporal_order.py        # 5 minutes of CPU time
     python examples/rnn_temporal_order.py --methods none clip_by_norm --seeds 4
 
 A and B occur in a sequence of 30 symbols, once early and once in the middle; which came when must
@@ -8,7 +8,14 @@ be told at the end. One layer of 50 tanh units, plain SGD with learning rate 0.1
 fresh batches of 20. A seed has solved it when under 1 % of 10,000 fresh sequences are wrong.
 Expected of 16 seeds:
 
-EXPECTED
+                             solved   median error %   worst error %
+    none                       0/16            75.08           75.85
+    clip_by_norm              15/16             0.00            2.27
+    normalize_and_scale        1/16            58.78           75.63
+    clip_by_zscore             8/16            29.76           75.12
+    clip_by_zscore_capped     16/16             0.00            0.03
+
+Rounding alone (another version, another machine) moves a seed or two from one side to the other.
 
 All methods are guarded, and no step is skipped: these gradients explode without overflowing, which
 takes a clip, not a guard. Normalised steps find the solution and walk out of it again, since their
@@ -142,29 +149,38 @@ def measure_error(graphdef, setting: Setting, number: int, key, params):
 
 def run(optimizer, setting: Setting, advance) -> Result:
     """All seeds of one method; calls ``advance`` after each block."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(setting.seeds))
-    model_keys, data_keys, test_keys = jax.vmap(jax.random.split, (0, None), 1)(keys, 3)
+
+    @jax.jit
+    @jax.vmap
+    def start(seed):
+        model_key, data_key, test_key = jax.random.split(jax.random.key(seed), 3)
+        params = nnx.state(TanhRNN(rngs=nnx.Rngs(model_key)), nnx.Param)
+        return data_key, test_key, (params, optimizer.init(params))
+
+    @jax.jit
+    @jax.vmap
+    def finish(key, carry):
+        params, opt_state = carry
+        error = measure_error(graphdef, setting, NUM_TEST, key, params)
+        return error, og.metrics(opt_state)["guard/skipped_total"]
+
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: TanhRNN(rngs=nnx.Rngs(0))))
-    params = jax.vmap(lambda key: nnx.state(TanhRNN(rngs=nnx.Rngs(key)), nnx.Param))(model_keys)
-    carry = (params, jax.vmap(optimizer.init)(params))
     block = partial(train_block, graphdef, optimizer, setting)
     block = jax.jit(jax.vmap(block, (0, 0, None)), donate_argnums=1)
+    data_keys, test_keys, carry = start(jnp.arange(setting.seeds))
     points = []
     for first_update in range(0, setting.updates, setting.block):
         carry, *point = block(data_keys, carry, first_update)
         points.append(jax.device_get(point))
         advance()
     grad_norm, error = np.moveaxis(np.array(points), 0, -1)
-    params, opt_state = carry
-    test = jax.jit(jax.vmap(partial(measure_error, graphdef, setting, NUM_TEST)))
-    skipped = jax.vmap(og.metrics)(opt_state)["guard/skipped_total"]
-    return Result(*jax.device_get((test(test_keys, params), skipped)), error, grad_norm)
+    return Result(*jax.device_get(finish(test_keys, carry)), error, grad_norm)
 
 
 def make_table(results: dict[str, Result]) -> Table:
     table = Table(title=f"Temporal order: solved is < {SOLVED:.0f} % wrong", box=box.SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
-    for name in ("solved", "median error %", "worst error %", "steps skipped"):
+    for name in ("solved", "median error %", "worst error %", "skipped"):
         table.add_column(name, justify="right")
     for name, result in results.items():
         error = result.final_error

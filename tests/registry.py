@@ -199,9 +199,7 @@ ROWS = [
             {"max_norm": 1500.0},
         ),
     ),
-    _wrapper(
-        "guard-check_update", lambda inner, **kw: og.guard(inner, check_update=True, **kw)
-    ),
+    _wrapper("guard-check_update", lambda inner, **kw: og.guard(inner, check_update=True, **kw)),
     _wrapper(
         "stabilize",
         lambda inner, **kw: og.stabilize(inner, **kw),

@@ -135,7 +135,9 @@ CASES = {
         *number_cases(
             "max_norm", lambda value: og.clip_by_zscore(max_norm=value), NONNEGATIVE + " or None"
         ),
-        *number_cases("min_std_ratio", lambda value: og.clip_by_zscore(min_std_ratio=value), FINITE),
+        *number_cases(
+            "min_std_ratio", lambda value: og.clip_by_zscore(min_std_ratio=value), FINITE
+        ),
         Case(
             lambda: og.clip_by_zscore(min_std_ratio=math.inf),
             ValueError,
@@ -187,9 +189,7 @@ CASES = {
     ],
     "guard": [
         *transformation_cases("inner", og.guard),
-        Case(
-            lambda: og.guard(SGD, skip_if=3), TypeError, f"skip_if must be {CONDITIONS}, got 3."
-        ),
+        Case(lambda: og.guard(SGD, skip_if=3), TypeError, f"skip_if must be {CONDITIONS}, got 3."),
         Case(
             lambda: og.guard(SGD, skip_if=(og.norm_above(1.0), "x")),
             TypeError,
@@ -315,31 +315,23 @@ def test_changed_shape_of_the_inner_state_is_named():
         tx.update({"w": jnp.ones((3, 2))}, state)
 
 
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("tuple", og.step_ok),
-        ("tuple", og.check),
-        ("tuple", og.explain),
-    ],
-)
-def test_state_without_a_guard_is_an_error_with_a_remedy(name, function):
-    state = optax.adam(0.1).init(jnp.ones(2))
-    message = (
-        rf"^No guard state was found in the given {name}\. Wrap the optimizer in og\.guard\(\.\.\.\)"
-        r" or og\.stabilize\(\.\.\.\), and pass the optimizer state\.$"
+@pytest.mark.parametrize("function", [og.step_ok, og.check, og.explain])
+def test_state_without_a_guard_is_an_error_with_a_remedy(function):
+    message = re.escape(
+        "No guard state was found in the given tuple. Wrap the optimizer in og.guard(...) or "
+        "og.stabilize(...), and pass the optimizer state."
     )
     with pytest.raises(ValueError, match=message):
-        function(state)
+        function(optax.adam(0.1).init(jnp.ones(2)))
 
 
 def test_parameters_that_do_not_fit_the_guard_are_an_error():
     tx = og.guard(optax.sgd(0.1))
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
     _, state = tx.update(jax.tree.map(lambda leaf: leaf * jnp.nan, params), tx.init(params))
-    message = (
-        r"^params has 1 float leaves, but the guard watches 2\. Pass the tree of parameters "
-        r"that the optimizer was initialised with; with Flax NNX, nnx\.state\(model, nnx\.Param\)\.$"
+    message = re.escape(
+        "params has 1 float leaves, but the guard watches 2. Pass the tree of parameters that "
+        "the optimizer was initialised with; with Flax NNX, nnx.state(model, nnx.Param)."
     )
     with pytest.raises(ValueError, match=message):
         og.explain(state, {"a": jnp.ones(1)})

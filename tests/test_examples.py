@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+import optax_guard as og
+
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # as `python examples/...` has it
 
 import _demo
@@ -116,8 +118,10 @@ def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     results = linen_train_state.main(["--quick"])
     assert results["accuracy"] > 90
     assert results["without_select"] < 20
-    assert results["metrics"]["guard/skipped_total"] == 1
-    assert results["metrics"]["guard/last_fault_step"] == 11
+    metrics = og.metrics(results["state"])
+    assert metrics["guard/skipped_total"] == 1 and metrics["guard/last_fault_step"] == 11
+    statistics = jax.tree.leaves(results["state"].batch_stats)
+    assert len(statistics) == 2 and all(np.isfinite(leaf).all() for leaf in statistics)
     printed = capsys.readouterr().out
     assert "Step 11 was skipped" in printed
     assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed

@@ -204,9 +204,8 @@ def test_explain_names_a_bad_loss():
 
 def test_explain_joins_reasons():
     state = after(og.guard(SGD), with_nan(), value=jnp.inf)
-    assert (
-        "gradients were not finite; the loss value was not finite (reason 3)"
-        in og.explain(state, PARAMS)
+    assert "gradients were not finite; the loss value was not finite (reason 3)" in og.explain(
+        state, PARAMS
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from optax_guard._norms import AxisName, measure, measure_name
@@ -213,9 +214,14 @@ def _select_where_produced(
 
 
 def _select_at_the_end(proposal: Proposal, ok: jax.Array, arguments: Sequence[Any]) -> list[Any]:
-    sane = [
-        jnp.where(ok, value, jnp.ones_like(value)) if i in proposal.sanitized else value
+    # Nothing flows back into a skipped step, and what might be NaN is not even evaluated there.
+    stand_ins = [
+        jnp.ones_like(value) if i in proposal.sanitized else lax.stop_gradient(value)
         for i, value in enumerate(arguments)
+    ]
+    sane = [
+        jnp.where(ok, value, stand_in) if is_inexact(value) else value
+        for value, stand_in in zip(arguments, stand_ins, strict=True)
     ]
     leaves = _evaluate(proposal.jaxpr, sane, {}, {}, lambda new, old: new)
     return _select_leaves(proposal, ok, leaves, arguments, set())

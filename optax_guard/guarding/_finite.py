@@ -6,11 +6,13 @@ a third of the kernels to compile and to launch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_guard._trees import is_inexact
 
@@ -30,39 +32,41 @@ def is_nonfinite(leaf: jax.Array) -> jax.Array:
     return ~jnp.isfinite(jnp.sum(_zero_or_nan(leaf)))
 
 
-def nonfinite_groups(like: Sequence[Any], *trees: Any) -> jax.Array:
-    """Whether any element is NaN or Inf, for each group of arrays.
+def any_nonfinite(
+    like: Sequence[Any], is_exempt: jax.Array, state: Any, params: Any = None
+) -> jax.Array:
+    """Whether any element of optimizer state or parameters is NaN or Inf.
 
-    The n-th leaf of a shape in ``like`` makes a group with the n-th leaf of that shape in each
-    tree, and with every further n-th one, as second moments follow first. Whatever has another
-    shape is a group of its own.
+    The n-th leaf of a shape in ``like`` stands for a group: the n-th parameter of that shape, the
+    n-th leaf of the state of that shape, and every further n-th one, as second moments follow
+    first. Whatever has another shape is a group of its own, and so is every scalar: a best loss
+    that starts at +inf must not lend its exemption to a scalar parameter and its moments.
 
     Args:
       like: arrays shaped like the parameters.
-      *trees: pytrees to look at.
-
-    Returns:
-      bool ``[groups]``. The groups of ``like`` come first, whether or not anything joins them.
+      is_exempt: bool ``[float leaves of state]``; groups with such a leaf do not count.
+      state: optimizer state.
+      params: parameters, if they are to be looked at.
     """
-    counts: dict[tuple[int, ...], int] = {}
+    counts = Counter(leaf.shape for leaf in like if leaf.ndim > 0)
     groups: dict[Any, list[Any]] = {}
-    for leaf in like:
-        groups[leaf.shape, counts.get(leaf.shape, 0)] = []
-        counts[leaf.shape] = counts.get(leaf.shape, 0) + 1
-    for index, tree in enumerate(trees):
-        seen = dict.fromkeys(counts, 0)
+    keys = []
+    for name, tree in (("state", state), ("params", params)):
+        seen: Counter[tuple[int, ...]] = Counter()
         for place, leaf in enumerate(inexact_leaves(tree)):
-            if leaf.shape not in counts:
-                groups[index, place] = [leaf]
-                continue
-            groups[leaf.shape, seen[leaf.shape] % counts[leaf.shape]].append(leaf)
-            seen[leaf.shape] += 1
-    return stack_flags([_any_is_nonfinite(group) for group in groups.values()])
+            key = (name, place)
+            if leaf.shape in counts:
+                key = (leaf.shape, seen[leaf.shape] % counts[leaf.shape])
+                seen[leaf.shape] += 1
+            groups.setdefault(key, []).append(leaf)
+            keys.append(key)
+    flags = stack_flags([_any_is_nonfinite(group) for group in groups.values()])
+    order = {key: index for index, key in enumerate(groups)}
+    group_of_leaf = np.asarray([order[key] for key in keys[: is_exempt.size]], int)
+    return jnp.any(flags & ~jnp.zeros_like(flags).at[group_of_leaf].max(is_exempt))
 
 
 def _any_is_nonfinite(group: Sequence[jax.Array]) -> jax.Array:
-    if not group:
-        return jnp.asarray(False)
     return ~jnp.isfinite(jnp.sum(sum(map(_zero_or_nan, group[1:]), _zero_or_nan(group[0]))))
 
 

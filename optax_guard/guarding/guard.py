@@ -18,9 +18,9 @@ from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping.by_norm import clip_by_norm
 from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
 from optax_guard.guarding._finite import (
+    any_nonfinite,
     inexact_leaves,
     is_nonfinite,
-    nonfinite_groups,
     stack_flags,
 )
 from optax_guard.guarding.conditions import Condition
@@ -50,7 +50,7 @@ class GuardState(NamedTuple):
       last_fault_reason: int32 bit mask.
       last_fault_leaves: bool ``[float leaves]``, which gradients were non-finite then.
       last_fault_norms: float32 ``[float leaves]``, norms of the leaves then.
-      initially_nonfinite: bool ``[groups]``, fields of ``inner_state`` that ``init`` filled
+      initially_nonfinite: bool ``[float leaves of inner_state]``, fields that ``init`` filled
         with non-finite numbers, such as a best loss of +inf; they never count as a fault.
       condition_states: one state for each condition of ``skip_if``.
     """
@@ -168,7 +168,7 @@ def guard(
             last_fault_reason=zeros(jnp.int32),
             last_fault_leaves=zeros(jnp.bool_, num_leaves),
             last_fault_norms=zeros(jnp.float32, num_leaves),
-            initially_nonfinite=_nonfinite_at_init(params, inner_state, axis_name),
+            initially_nonfinite=_nonfinite_at_init(inner_state, axis_name),
             condition_states=tuple(condition.init() for condition in conditions),
         )
 
@@ -338,9 +338,9 @@ def _shared_value(value: Any, axis_name: AxisName) -> jax.Array | None:
     return value if axis_name is None else lax.pmean(value, axis_name)
 
 
-def _nonfinite_at_init(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array:
+def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
     """Which fields ``init`` made non-finite, on any device if called inside the mesh."""
-    flags = nonfinite_groups(inexact_leaves(_gradient_like(params)), inner_state)
+    flags = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(inner_state)])
     try:
         return _any_device(flags, axis_name)
     except NameError:  # JAX: the axis is unbound, ``init`` was called outside of shard_map
@@ -348,9 +348,8 @@ def _nonfinite_at_init(params: Any, inner_state: Any, axis_name: AxisName) -> ja
 
 
 def _was_poisoned(gradients: Any, params: Any, state: GuardState) -> jax.Array:
-    flags = nonfinite_groups(inexact_leaves(gradients), state.inner_state, params)
-    num_exempt = state.initially_nonfinite.size
-    return jnp.any(flags[:num_exempt] & ~state.initially_nonfinite) | jnp.any(flags[num_exempt:])
+    like = inexact_leaves(gradients)
+    return any_nonfinite(like, state.initially_nonfinite, state.inner_state, params)
 
 
 def _false_like(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array:
@@ -368,10 +367,8 @@ def _judge_proposal(
     updates, new_state = evaluate(proposal)
     bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
     like = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
-    bad_state = nonfinite_groups(like, new_state) & ~state.initially_nonfinite
-    flags = _any_device(
-        jnp.append(bad_updates, jnp.any(bad_updates) | jnp.any(bad_state)), axis_name
-    )
+    bad_state = any_nonfinite(like, state.initially_nonfinite, new_state)
+    flags = _any_device(jnp.append(bad_updates, jnp.any(bad_updates) | bad_state), axis_name)
     return flags[-1], flags[:-1]
 
 
