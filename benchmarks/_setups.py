@@ -41,7 +41,7 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _make_tree(shapes: Any, *, gradient_dtype: Any = jnp.float32) -> Tree:
+def make_tree(shapes: Any, *, gradient_dtype: Any = jnp.float32) -> Tree:
     def of_dtype(dtype):
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
@@ -82,12 +82,12 @@ _GPT2_SMALL = transformer_shapes(width=768, depth=12, vocabulary=20_000, context
 _GPT2_TOY = transformer_shapes(width=128, depth=3, vocabulary=8_000, context=256)
 
 TREES: dict[str, Callable[[], Tree]] = {
-    "transformer": lambda: _make_tree(_GPT2_SMALL),
-    "one array": lambda: _make_tree({"kernel": (8192, 8192)}),
-    "1000 arrays": lambda: _make_tree({f"array{i:04d}": (1024,) for i in range(1000)}),
-    "tiny": lambda: _make_tree(mlp_shapes(64, 32, 10)),
-    "bf16 gradients": lambda: _make_tree(_GPT2_SMALL, gradient_dtype=jnp.bfloat16),
-    "toy transformer": lambda: _make_tree(_GPT2_TOY),
+    "transformer": lambda: make_tree(_GPT2_SMALL),
+    "one array": lambda: make_tree({"kernel": (8192, 8192)}),
+    "1000 arrays": lambda: make_tree({f"array{i:04d}": (1024,) for i in range(1000)}),
+    "tiny": lambda: make_tree(mlp_shapes(64, 32, 10)),
+    "bf16 gradients": lambda: make_tree(_GPT2_SMALL, gradient_dtype=jnp.bfloat16),
+    "toy transformer": lambda: make_tree(_GPT2_TOY),
 }
 
 OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {

@@ -22,18 +22,23 @@ def check_number(
     open_maximum: bool = False,
     schedule: bool = False,
     optional: bool = False,
+    word: str | None = None,
 ) -> None:
     """Raises unless ``value`` is a real scalar inside the range.
 
     Only the shape and dtype of a traced value can be checked; its range is not. A
-    ``schedule`` (a callable of the step count) is accepted where the factory says so.
+    ``schedule`` (a callable of the step count) or a ``word`` is accepted where the factory says so.
     """
     if (optional and value is None) or (schedule and callable(value)):
+        return
+    if isinstance(value, str) and value == word:
         return
     left, right = "(" if open_minimum else "[", ")" if open_maximum else "]"
     allowed = f"a real scalar in {left}{minimum:g}, {maximum:g}{right}"
     if schedule:
         allowed += " or a schedule (a callable of the step count)"
+    if word is not None:
+        allowed += f' or "{word}"'
     if optional:
         allowed += " or None"
     if not isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array)) or isinstance(

@@ -154,6 +154,75 @@ ROWS = [
             2.5, scope="unit", warmup_steps=2, target="threshold", max_norm=3.0, **kw
         ),
     ),
+    Row(
+        "clip_by_percentile",
+        lambda **kw: og.clip_by_percentile(30.0, window=5, **kw),
+        inject=Inject(
+            og.clip_by_percentile, {"percentile": 30.0}, {"window": 5}, static_args=("window",)
+        ),
+    ),
+    Row(
+        "clip_by_percentile-unit",
+        lambda **kw: og.clip_by_percentile(50.0, scope="unit", window=3, **kw),
+        is_variant=True,
+    ),
+    Row(
+        "clip_by_median",
+        lambda **kw: og.clip_by_median(0.5, warmup_steps=3, observe_steps=1, **kw),
+        zeroes_first=1,
+        inject=Inject(
+            og.clip_by_median,
+            {"ratio": 0.5},
+            {"warmup_steps": 3, "observe_steps": 1},
+            ("warmup_steps", "observe_steps"),
+        ),
+    ),
+    Row(
+        "clip_by_median-leaf",
+        lambda **kw: og.clip_by_median(0.5, scope="leaf", warmup_steps=3, observe_steps=0, **kw),
+        is_variant=True,
+    ),
+    Row(
+        "clip_by_ema",
+        lambda **kw: og.clip_by_ema(1.05, warmup_steps=2, rebaseline_after=3, **kw),
+        inject=Inject(
+            og.clip_by_ema,
+            {"ratio": 1.05, "decay": 0.9, "warmup_max_norm": 2.0},
+            {"warmup_steps": 2, "rebaseline_after": 3},
+            ("warmup_steps", "rebaseline_after"),
+        ),
+    ),
+    Row(
+        "clip_by_ema-global",
+        lambda **kw: og.clip_by_ema(scope="global", warmup_steps=1, **kw),
+        is_variant=True,
+    ),
+    Row("clip_by_ema-unit", lambda **kw: og.clip_by_ema(scope="unit", warmup_steps=2, **kw)),
+    Row(
+        "clip_by_param_norm",
+        lambda **kw: og.clip_by_param_norm(0.1, **kw),
+        needs_params=True,
+        inject=Inject(og.clip_by_param_norm, {"ratio": 0.1, "eps": 1e-3}),
+    ),
+    Row(
+        "clip_by_param_norm-leaf",
+        lambda **kw: og.clip_by_param_norm(0.1, scope="leaf", **kw),
+        needs_params=True,
+        is_variant=True,
+    ),
+    Row(
+        "clip_by_max_ema",
+        lambda: og.clip_by_max_ema(0.9),
+        takes_axis_name=False,
+        inject=Inject(og.clip_by_max_ema, {"decay": 0.9}),
+    ),
+    Row(
+        "clip_by_relative_change",
+        lambda: og.clip_by_relative_change(0.1),
+        needs_params=True,
+        takes_axis_name=False,
+        inject=Inject(og.clip_by_relative_change, {"max_relative": 0.1, "max_absolute": 0.02}),
+    ),
     # Normalising
     Row(
         "normalize_and_scale",
@@ -163,6 +232,21 @@ ROWS = [
     Row(
         "normalize_and_scale-leaf",
         lambda **kw: og.normalize_and_scale(scope="leaf", **kw),
+        is_variant=True,
+    ),
+    Row(
+        "normalize_and_scale-auto",
+        lambda **kw: og.normalize_and_scale("auto", **kw),
+        inject=Inject(og.normalize_and_scale, {"decay": 0.9}, {"alpha": "auto"}),
+    ),
+    Row(
+        "normalize_by_ema_norm",
+        lambda **kw: og.normalize_by_ema_norm(**kw),
+        inject=Inject(og.normalize_by_ema_norm, {"b1": 0.5, "b2": 0.8, "eps": 1e-4}),
+    ),
+    Row(
+        "normalize_by_ema_norm-unit",
+        lambda **kw: og.normalize_by_ema_norm(scope="unit", **kw),
         is_variant=True,
     ),
     # Zeroing

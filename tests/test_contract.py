@@ -535,6 +535,57 @@ def test_no_collective_sits_under_a_branch(row):
             assert not any(map(is_collective, inside))
 
 
+def stabilized(axis_name: Any) -> Any:
+    """As the row "stabilize", over other axes."""
+    return next(row for row in registry.ROWS if row.name == "stabilize").make(axis_name=axis_name)
+
+
+def test_axis_name_may_be_several_axes():
+    axes = ("rows", "columns")
+    grid = jax.make_mesh((2, 4), axes, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.tree.map(lambda leaf: P(None, axes), STACKED)
+    sharded = jax.shard_map(
+        lambda params, stacked: run(stabilized(axes), params, stacked, VALUES)[0],
+        mesh=grid,
+        in_specs=(jax.tree.map(lambda leaf: P(axes), PARAMS), spec),
+        out_specs=spec,
+    )
+    expected, _ = _compiled("stabilize").run(PARAMS, STACKED, VALUES)
+    actual = jax.jit(sharded)(PARAMS, STACKED)
+    assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_state_may_be_made_outside_of_the_mesh():
+    tx, one_device = stabilized("data"), _compiled("stabilize")
+    state = tx.init(PARAMS)
+    step = jax.jit(
+        jax.shard_map(
+            tx.update,
+            mesh=mesh(),
+            in_specs=(specs(PARAMS), specs(state), specs(PARAMS)),
+            out_specs=(specs(PARAMS), specs(state)),
+        )
+    )
+    expected, expected_states = one_device.walk(STEPS[:3])
+    for gradients, expected_updates in zip(STEPS[:3], expected, strict=True):
+        updates, state = step(gradients, state, PARAMS)
+        assertions.assert_close(updates, expected_updates, rtol=ROUNDING, atol=ROUNDING)
+    assertions.assert_close(state, expected_states[-1], rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_pmap_with_axis_name_equals_one_device():
+    tx, one_device = stabilized("data"), _compiled("stabilize")
+    split = lambda leaf: leaf.reshape(8, 2, *leaf.shape[1:])  # noqa: E731
+    step = jax.pmap(lambda gradients: tx.update(gradients, tx.init(gradients)), axis_name="data")
+    for gradients in (STEPS[0], STEPS[BAD_STEP]):
+        updates, state = step(jax.tree.map(split, gradients))
+        (expected,), (_, expected_state) = one_device.walk([gradients])
+        joined = jax.tree.map(lambda leaf, own: leaf.reshape(own.shape), updates, expected)
+        assertions.assert_close(joined, expected, rtol=ROUNDING, atol=ROUNDING)
+        np.testing.assert_array_equal(state.skip_reason, 8 * [int(expected_state.skip_reason)])
+        np.testing.assert_allclose(state.grad_norm, 8 * [expected_state.grad_norm], rtol=ROUNDING)
+
+
 # Dtypes and trees
 
 
@@ -566,6 +617,18 @@ LOW_AND_SINGLE = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
 @rows(is_slow=is_variant)
 def test_updates_keep_their_dtypes_and_statistics_are_float32(row):
     check_dtypes(row, LOW_AND_SINGLE, statistics=(jnp.float32,))
+
+
+@rows()
+def test_float32_statistics_stay_float32_where_float64_is_allowed(row, x64):
+    tx = row.make()
+    gradients = jax.tree.map(np.asarray, STEPS[0])
+    state = jax.eval_shape(tx.init, gradients)
+    updates, new_state = jax.eval_shape(tx.update, gradients, state, gradients)
+    assert assertions.signature(new_state) == assertions.signature(state)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
 
 
 @rows(is_slow=is_variant)

@@ -154,9 +154,7 @@ def test_guard_inside_judges_the_mean_and_loses_one_window_at_most():
     tx = multi_steps(inner, k=2)
     huge = jax.tree.map(lambda leaf: 1e3 * leaf, micro(1))
     params, state = walk(tx, [micro(0), spoiled(5), huge, micro(2), spoiled(6), micro(3)])
-    expected = jax.tree.map(
-        lambda p, g: np.float32(p - g), PARAMS, mean(micro(2), micro(3))
-    )
+    expected = jax.tree.map(lambda p, g: np.float32(p - g), PARAMS, mean(micro(2), micro(3)))
     assertions.assert_close(params, expected, rtol=1e-6, atol=1e-6)
     guard_state = state.inner_opt_state
     assert (guard_state.guard_step, guard_state.skipped_total) == (2, 1)
@@ -204,9 +202,7 @@ def test_extra_args_reach_the_optimizer_inside_a_guarded_multi_steps():
 
 def test_sum_that_overflows_is_foreseen_by_a_guard_outside_that_checks_updates():
     huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), PARAMS)
-    tx = og.guard(
-        optax.MultiSteps(optax.sgd(1e-3), 2, use_grad_mean=False), check_update=True
-    )
+    tx = og.guard(optax.MultiSteps(optax.sgd(1e-3), 2, use_grad_mean=False), check_update=True)
     params, state = walk(tx, [huge, huge, micro(0)])
     assert state.skipped_total == 1
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((params, state)))

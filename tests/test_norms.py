@@ -97,7 +97,7 @@ def check_elements(actual: Any, tree: Any, factors: Any, rtol: float, atol: floa
 
 
 SCALES = {
-    "float32": [1e-37, 1e-30, 1e-22, 1e-19, 1e-10, 1.0, 1e10, 1e18, 1e19, 1e20, 1e30, 3e38],
+    "float32": [1e-37, 1e-30, 1e-22, 1e-19, 3e-19, 1e-10, 1.0, 1e10, 1e18, 1e19, 1e20, 1e30, 3e38],
     "bfloat16": [1e-37, 1e-30, 1e-19, 1.0, 1e19, 1e30, 3e38],
     "float16": [2e-7, 1e-4, 1.0, 300.0, 6e4],
 }

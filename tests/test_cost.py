@@ -1,0 +1,181 @@
+"""What the guard costs, counted in the compiled program; nothing here is timed or run.
+
+The tree is that of a transformer with one layer, at the width of GPT-2: programs are compiled for
+shapes only, so wide arrays cost nothing, and only wide ones have the proportions of real training
+(one number for each unit is 1/768 of a matrix).
+
+Covered: nine optimizers with every rule, bfloat16 gradients, one evaluation of the inner update
+for each trace, a state whose signature never changes, and the collectives of sharded steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from assertions import signature
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_guard as og
+from benchmarks import _hlo, _setups, collectives, step_cost
+
+OPTIMIZERS = _setups.OPTIMIZERS
+RULES = {
+    "guard": "og.guard",
+    "global": "og.guard, zscore",
+    "leaf": "og.guard, zscore by leaf",
+    "unit": "og.guard, zscore by unit",
+}
+SHAPES = _setups.transformer_shapes(width=768, depth=1, vocabulary=4_000, context=256)
+
+
+@functools.cache
+def tree(gradient_dtype: Any = jnp.float32) -> _setups.Tree:
+    return _setups.make_tree(SHAPES, gradient_dtype=gradient_dtype)
+
+
+@functools.cache
+def measures(optimizer: str, pipeline: str, gradient_dtype: Any = jnp.float32) -> dict[str, Any]:
+    variant = _setups.VARIANTS[pipeline]
+    tx = variant.make(OPTIMIZERS[optimizer]())
+    return step_cost.measure(tree(gradient_dtype), tx, is_ours=variant.is_ours)[1]
+
+
+def check_cost(optimizer: str, rule: str, gradient_dtype: Any = jnp.float32) -> None:
+    """The promises on cost, all of them reported together."""
+    bare = measures(optimizer, _setups.BARE, gradient_dtype)
+    guarded = measures(optimizer, RULES[rule], gradient_dtype)
+    parameters = tree(gradient_dtype)
+    reads = (guarded["hot_bytes"] - bare["hot_bytes"]) / parameters.gradient_bytes
+    temp = (guarded["temp_bytes"] - bare["temp_bytes"]) / parameters.params_bytes
+    copies = guarded["num_large_copies"] - bare["num_large_copies"]
+    broken = []
+    if not reads <= 1.05:
+        broken.append(f"reads and writes {reads:.3f} times the gradients more than bare, not 1.05")
+    if copies > 0:
+        broken.append(f"copies {copies} arrays as large as a parameter more than bare")
+    if not temp <= 0.1:
+        broken.append(f"needs {temp:.2f} of the parameters' memory for temporaries more than bare")
+    if guarded["num_conditionals"] > 3:  # a rare second read, the factors, a look at the state
+        broken.append(f"has {guarded['num_conditionals']} conditionals, not 3")
+    if guarded["num_host_transfers"]:
+        broken.append("moves data to the host")
+    assert not broken, f"{optimizer}, {RULES[rule]}: " + "; ".join(broken)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_read_of_the_gradients_is_all_that_a_guard_adds(optimizer, rule):
+    check_cost(optimizer, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bfloat16_gradients_are_read_once_more_in_bfloat16(rule):
+    check_cost("adamw", rule, jnp.bfloat16)
+
+
+def test_one_array_costs_no_more_than_many():
+    one = _setups.make_tree({"kernel": (4096, 4096)})
+    (_, bare), (_, guarded) = (
+        step_cost.measure(one, tx, is_ours=True)
+        for tx in (optax.adamw(0.1), og.stabilize(optax.adamw(0.1), clip=og.clip_by_zscore()))
+    )
+    assert guarded["hot_bytes"] <= bare["hot_bytes"] + 1.05 * one.gradient_bytes
+    assert guarded["num_large_copies"] == 0
+    assert guarded["temp_bytes"] <= 0.01 * one.params_bytes
+
+
+@pytest.mark.parametrize("check_update", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_inner_update_is_traced_once_and_the_state_keeps_its_signature(optimizer, check_update):
+    inner = optax.with_extra_args_support(OPTIMIZERS[optimizer]())
+    num_traces = 0
+
+    def update(updates, state, params=None, **extra_args):
+        nonlocal num_traces
+        num_traces += 1
+        return inner.update(updates, state, params, **extra_args)
+
+    counted = optax.GradientTransformationExtraArgs(inner.init, update)
+    tx = og.stabilize(counted, clip=og.clip_by_zscore(), check_update=check_update)
+    params = tree().params
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert num_traces == 1
+    assert signature(after) == signature(state)
+
+
+def compile_sharded(pipeline: str, layout: str) -> _hlo.Program:
+    """On 8 virtual devices, each matrix and vector cut as the layout says."""
+    layout = collectives.LAYOUTS[layout]
+    axes = tuple(layout.axes) if layout.by_hand else None
+    tx = collectives.VARIANTS[pipeline](optax.adamw(0.1), axes)
+    return _hlo.analyze(collectives.compile_sharded(tx, SHAPES, layout)[0])
+
+
+@pytest.mark.parametrize("pipeline", ["og.guard", "og.guard, zscore", "og.guard, zscore by leaf"])
+@pytest.mark.parametrize("layout", ["fully sharded", "tensor-parallel"])
+def test_sharded_step_needs_one_all_reduce_of_one_number_a_leaf(layout, pipeline):
+    (only,) = compile_sharded(pipeline, layout).hot.collectives
+    assert only.kind == "all-reduce"
+    assert only.size <= len(SHAPES)
+
+
+def test_sharding_over_two_axes_needs_as_many_all_reduces_as_optax_does():
+    layout = "fully sharded x tensor-parallel"
+    ours = compile_sharded("og.guard, zscore", layout).hot.collectives
+    theirs = compile_sharded("clip_by_global_norm", layout).hot.collectives
+    assert sorted(ours) == sorted(theirs)
+
+
+def test_replicated_gradients_need_no_collective():
+    program = compile_sharded("og.guard, zscore", "data-parallel")
+    assert program.hot.collectives == program.dear.collectives == []
+
+
+@pytest.mark.parametrize("pipeline", ["og.guard", "og.guard, zscore", "og.guard, zscore by unit"])
+def test_shard_map_step_needs_one_all_reduce_and_one_of_a_single_flag(pipeline):
+    program = compile_sharded(pipeline, "shard_map")
+    assert {each.kind for each in program.hot.collectives} == {"all-reduce"}
+    # The flag says whether parameters were non-finite already, which is looked at only once the
+    # gradients are known to be; it is shared on every step, since no collective may depend on data.
+    sums, *flag = sorted(program.hot.collectives, key=lambda each: -each.size)
+    assert [each.size for each in flag] in ([], [1])
+    units = sum(np.prod(shape[1:], dtype=int) for shape in SHAPES.values())
+    assert sums.size <= 3 * (units if "unit" in pipeline else len(SHAPES))
+    # All devices run the same collectives, whatever their data.
+    assert sorted(program.dear.collectives) == sorted(program.hot.collectives)
+
+
+def test_by_unit_no_norm_leaves_the_device_that_needs_it():
+    found = compile_sharded("og.guard, zscore by unit", "tensor-parallel").hot.collectives
+    assert {each.kind for each in found} == {"all-reduce"}
+    assert sum(each.size for each in found) <= sum(max(shape) for shape in SHAPES.values())
+
+
+def test_gradients_of_a_sharded_batch_need_no_second_all_reduce_of_their_size():
+    """Data-parallel from end to end: the backward pass reduces the gradients, the guard nothing."""
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    tx = og.stabilize(optax.adamw(0.1), clip=og.clip_by_zscore())
+
+    def loss(params, inputs):
+        return jnp.mean(jnp.square(inputs @ params["kernel"] + params["bias"]))
+
+    def step(params, state, inputs):
+        gradients = jax.grad(loss)(params, inputs)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"kernel": jnp.zeros((32, 16)), "bias": jnp.zeros(16)}
+    arguments = (params, tx.init(params), jnp.zeros((64, 32)))
+    jitted = jax.jit(step, in_shardings=(whole, whole, split), out_shardings=whole)
+    found = _hlo.analyze(jitted.lower(*arguments).compile()).hot.collectives
+    assert {each.kind for each in found} == {"all-reduce"}
+    assert sum(each.size for each in found) == 32 * 16 + 16
