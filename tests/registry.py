@@ -234,11 +234,7 @@ ROWS = [
         lambda **kw: og.normalize_and_scale(scope="leaf", **kw),
         is_variant=True,
     ),
-    Row(
-        "normalize_and_scale-auto",
-        lambda **kw: og.normalize_and_scale("auto", **kw),
-        inject=Inject(og.normalize_and_scale, {"decay": 0.9}, {"alpha": "auto"}),
-    ),
+    Row("normalize_and_scale-auto", lambda **kw: og.normalize_and_scale("auto", **kw)),
     Row(
         "normalize_by_ema_norm",
         lambda **kw: og.normalize_by_ema_norm(**kw),

@@ -318,4 +318,6 @@ def _evaluate(
 
 def _as_output(atom: Any, value: Any) -> Any:
     # A literal may be a Python number, such as the False of a flag that update() always clears.
-    return jnp.asarray(value, atom.aval.dtype) if isinstance(atom, core.Literal) else value
+    if not isinstance(atom, core.Literal):
+        return value
+    return jnp.asarray(value, getattr(atom.aval, "dtype", None))

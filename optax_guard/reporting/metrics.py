@@ -23,7 +23,8 @@ def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
     Returns:
       ``{prefix + field: scalar array}``. The keys depend on the structure of the state only. The
       second state of a kind gets ``prefix + "2/"``, and so on. Pure, callable under ``jit``;
-      nothing is transferred to the host.
+      nothing is transferred to the host. For a state with a batch axis (an ensemble made by
+      ``jax.vmap``) call ``jax.vmap(og.metrics)(opt_state)``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
