@@ -48,7 +48,6 @@ class Row:
         bitwise unchanged), "zeroes" (replaced), "skips" (updates -0.0, inner state unchanged).
       needs_params: whether ``update`` must be given params.
       takes_axis_name: false for element-wise rules, which need none.
-      zeroes_first: number of first steps whose updates are zero (rules that only observe).
       is_variant: another row goes the same way but for a detail; heavy tests take this one only
         with ``-m slow``.
       is_smooth: false where an inner optimizer has no finite derivative at zero of its own.
@@ -61,7 +60,6 @@ class Row:
     on_bad: str = "passes"
     needs_params: bool = False
     takes_axis_name: bool = True
-    zeroes_first: int = 0
     is_variant: bool = False
     is_smooth: bool = True
     inject: Inject | None = None
@@ -169,7 +167,6 @@ ROWS = [
     Row(
         "clip_by_median",
         lambda **kw: og.clip_by_median(0.5, warmup_steps=3, observe_steps=1, **kw),
-        zeroes_first=1,
         inject=Inject(
             og.clip_by_median,
             {"ratio": 0.5},
