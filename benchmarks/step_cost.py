@@ -191,8 +191,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with _harness.progress("step cost", total) as advance:
         for tree, name in combinations:
             rows += compare(tree, name, arguments, advance)
+            _harness.save_json(arguments.json, "step_cost", arguments, rows)
+            jax.clear_caches()  # a long list of combinations would fill the memory
     print(to_markdown(rows))
-    _harness.save_json(arguments.json, "step_cost", arguments, rows)
     panels = {
         f"{name}, {tree}": [row for row in rows if (row["tree"], row["optimizer"]) == (tree, name)]
         for tree, name in combinations

@@ -208,7 +208,7 @@ def try_cells(protect: Protection, optimizer: Optimizer, context: Context) -> li
         problems = [f"{type(error).__name__} without any fault"] * len(tried)
     else:
         expected = kept_bits(params, state)
-        has_moved = kept_bits(params, ()) != kept_bits(run.params, ())
+        has_moved = expected != kept_bits(run.params, run.tx.init(run.params))
         is_finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
         if has_moved and is_finite:
             problems = [

@@ -151,6 +151,7 @@ ROWS = [
         lambda **kw: og.clip_by_zscore(
             2.5, scope="unit", warmup_steps=2, target="threshold", max_norm=3.0, **kw
         ),
+        is_variant=True,
     ),
     Row(
         "clip_by_percentile",

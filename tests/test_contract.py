@@ -97,7 +97,7 @@ def rows(keep: Any = lambda row: True, *, is_slow: Any = lambda row: False) -> A
     return pytest.mark.parametrize(
         "row",
         [
-            pytest.param(row, id=row.name, marks=[pytest.mark.slow] * is_slow(row))
+            pytest.param(row, id=row.name, marks=[pytest.mark.slow] * bool(is_slow(row)))
             for row in registry.ROWS
             if keep(row)
         ],
@@ -423,7 +423,7 @@ def middle_steps(row: registry.Row) -> dict[str, Any]:
     return cases
 
 
-@rows(is_slow=lambda row: row.is_variant or row.name == "clip_by_zscore-unit")
+@rows(is_slow=is_variant)
 def test_derivatives_are_finite_and_agree_in_both_modes(row):
     compute = derivatives(_compiled(row.name).tx, jnp.float32)
     direction = direction_like(zero_offsets(jnp.float32))
@@ -444,13 +444,7 @@ def test_derivatives_are_finite_and_agree_in_both_modes(row):
 
 
 # One guard stands for all, since the rest of a derivative is that of its inner optimizer.
-@rows(
-    is_slow=lambda row: (
-        row.is_variant
-        or (row.wrap and row.name != "guard-adam")
-        or row.name == "clip_by_zscore-unit"
-    )
-)
+@rows(is_slow=lambda row: row.is_variant or (row.wrap and row.name != "guard-adam"))
 def test_derivative_is_that_of_the_formula(row, x64):
     tx = row.make()
 

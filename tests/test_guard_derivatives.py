@@ -110,15 +110,24 @@ CASES = [
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+def stacked(steps: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
+
+
 def final_loss(case: Case, rate: Any, params: Any, offsets: Any) -> tuple[Any, Any]:
     """What a meta-learner minimises, as a function of rate, first parameters and gradients."""
     tx = case.make(rate)
-    state = tx.init(params)
-    for number, step in enumerate(case.steps):
-        pulled = jax.tree.map(lambda g, o, p: g + o + 0.1 * p, step, offsets, params)
-        extra_args = {} if case.values is None else {"value": jnp.float32(case.values[number])}
-        updates, state = tx.update(pulled, state, params, **extra_args)
-        params = optax.apply_updates(params, updates)
+
+    def step(carry, inputs):
+        params, state = carry
+        gradients, value = inputs
+        pulled = jax.tree.map(lambda g, o, p: g + o + 0.1 * p, gradients, offsets, params)
+        updates, state = tx.update(pulled, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), None
+
+    values = jnp.asarray(case.values or [1.0] * len(case.steps), jnp.float32)
+    inputs = stacked(case.steps), values
+    (params, state), _ = lax.scan(step, (params, tx.init(params)), inputs)
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)), state
 
 
@@ -169,8 +178,23 @@ def scanned_loss(rate: Any, steps: Any) -> Any:
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
 
-def stacked(steps: Any) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
+def looped_loss(rate: Any, steps: list[Any]) -> Any:
+    tx = og.guard(optax.adam(rate))
+    params, state = PARAMS, tx.init(PARAMS)
+    for gradients in steps:
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+def test_gradient_through_a_loop_is_that_of_the_healthy_steps_and_zero_at_the_bad_one():
+    differentiate = jax.jit(jax.grad(looped_loss, (0, 1)))
+    rate, (first, bad, last) = differentiate(RATE, [GOOD[0], spoiled(np.nan), GOOD[1]])
+    healthy_rate, (healthy_first, healthy_last) = differentiate(RATE, GOOD)
+    np.testing.assert_allclose(rate, healthy_rate, rtol=1e-5)
+    np.testing.assert_array_equal(bad["w"], 0)
+    for one, other in ((first, healthy_first), (last, healthy_last)):
+        np.testing.assert_allclose(one["w"], other["w"], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_through_scan_is_that_of_the_healthy_steps_and_zero_at_the_bad_ones():

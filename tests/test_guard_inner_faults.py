@@ -140,7 +140,7 @@ def test_checked_update_prevents_it(fault):
 def test_explanation_blames_the_optimizer(fault):
     tx = og.guard(fault.make(), check_update=True, max_consecutive_skips=1)
     params = params_of(fault)
-    _, state = walk(tx, [fault.breaking], params)[-1]
+    _, state = walk(tx, [fault.healthy, fault.breaking], params)[-1]
     with pytest.raises(og.GuardGaveUp, match="optimizer proposed") as caught:
         og.check(state, params)
     assert caught.value.reason == PROPOSAL
