@@ -42,7 +42,8 @@ class Measures(NamedTuple):
       num_large_copies: of a healthy step; arrays as large as a parameter.
       num_host_transfers: of a healthy step.
       temp_bytes: memory that the step takes besides arguments and results.
-      trace_seconds: from Python to the program that the compiler gets.
+      trace_seconds: from Python to the program that the compiler gets, wall-clock.
+      trace_cpu_seconds: the same as processor time, which a busy machine disturbs less.
       compile_seconds: wall-clock.
       compile_cpu_seconds: processor time of all threads.
     """
@@ -55,8 +56,18 @@ class Measures(NamedTuple):
     num_host_transfers: int
     temp_bytes: int
     trace_seconds: float
+    trace_cpu_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float
+
+
+class _Clocks(NamedTuple):
+    wall: float
+    cpu: float
+
+    @classmethod
+    def read(cls) -> _Clocks:
+        return cls(time.perf_counter(), time.process_time())
 
 
 def compile_step(
@@ -72,13 +83,11 @@ def compile_step(
       is_ours: whether a healthy step takes the cheapest branch of every conditional, not the
         dearest one.
     """
-    began = time.perf_counter()
+    start = _Clocks.read()
     lowered = jax.jit(step, donate_argnums=0).lower(carry, constants)
-    traced = time.perf_counter()
-    cpu_began = time.process_time()
+    traced = _Clocks.read()
     compiled = lowered.compile()
-    cpu_seconds = time.process_time() - cpu_began
-    ended = time.perf_counter()
+    done = _Clocks.read()
     program = _hlo.analyze(compiled)
     healthy = program.hot if is_ours else program.dear
     memory = compiled.memory_analysis()
@@ -90,9 +99,10 @@ def compile_step(
         num_large_copies=sum(size >= large for size in healthy.copies),
         num_host_transfers=healthy.num_host_transfers,
         temp_bytes=getattr(memory, "temp_size_in_bytes", 0),
-        trace_seconds=traced - began,
-        compile_seconds=ended - traced,
-        compile_cpu_seconds=cpu_seconds,
+        trace_seconds=traced.wall - start.wall,
+        trace_cpu_seconds=traced.cpu - start.cpu,
+        compile_seconds=done.wall - traced.wall,
+        compile_cpu_seconds=done.cpu - traced.cpu,
     )
 
 
@@ -253,7 +263,9 @@ def environment() -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -261,9 +273,7 @@ def _processor() -> str:
 OUTPUTS = ("json", "plot")
 
 
-def add_output_arguments(
-    parser: argparse.ArgumentParser, name: str, *, plot: bool = True
-) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser, name: str, *, plot: bool = True) -> None:
     """``--json`` and ``--plot``, with defaults in a folder that git ignores."""
     folder = Path(__file__).parent / "outputs"
     parser.add_argument("--json", type=Path, default=folder / f"{name}.json", metavar="FILE")
@@ -280,4 +290,3 @@ def save_json(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
-

@@ -16,16 +16,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _BITS_OF_ODD_TYPES = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier add-dependency "
-    "partition-id replica-id domain".split()
-)
-_COLLECTIVES = (
-    "all-reduce all-gather reduce-scatter all-to-all collective-permute collective-broadcast "
-    "ragged-all-to-all".split()
-)
+# fmt: off
+_FREE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
+    "add-dependency", "partition-id", "replica-id", "domain",
+))
+_COLLECTIVES = frozenset((
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+))
+# fmt: on
 _READS_PART_OF_FIRST = frozenset(("slice", "dynamic-slice", "gather"))
-_HOST_OPCODES = frozenset("infeed outfeed send recv send-done recv-done".split())
+_HOST_OPCODES = frozenset(("infeed", "outfeed", "send", "recv"))
 
 
 class Array(NamedTuple):

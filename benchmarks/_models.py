@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,9 @@ def transformer(
             projected = x @ params[f"{prefix}/attention/{name}"]
             return projected.reshape(*x.shape[:2], num_heads, -1)
 
-        mixed = jax.nn.dot_product_attention(*map(project, ("query", "key", "value")), is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            *map(project, ("query", "key", "value")), is_causal=True
+        )
         return mixed.reshape(x.shape) @ params[f"{prefix}/attention/out"]
 
     def loss(params, inputs, labels):

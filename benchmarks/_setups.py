@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def transformer_shapes(
 
 def mlp_shapes(*sizes: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         shapes |= {f"layer{i}/kernel": (fan_in, fan_out), f"layer{i}/bias": (fan_out,)}
     return shapes
 

@@ -425,7 +425,7 @@ TABLE = {
         "level up": (2.1, 0),  # at most twice the median of the first norms
         "level down": (1.2, 150),  # follows, by design
     },
-    "ema_norm": {  # loses steps until 1 / (1 - b2) steps have divided the square by e again and again
+    "ema_norm": {  # loses steps until its second moment has decayed
         "first step": (1.4, 100),
         "spike": (1.4, 60),
         "second spike": (1.4, 60),

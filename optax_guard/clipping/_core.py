@@ -32,10 +32,8 @@ class Context(NamedTuple):
       step: int32 scalar, the number of finite steps so far.
       size: number of elements of each group, broadcastable to the norms.
       param_norms: norms of the parameters, grouped as the gradient is; None if not asked for.
-      global_norm: scalar, norm over the whole tree; saturates at about 1e30 (float64: 1e246).
-        None if not asked for.
-      shares: norm of each group relative to the norm over the whole tree, at any size; None if
-        not asked for.
+      global_norm: scalar, norm over all finite groups, saturated; None if not asked for.
+      shares: norm of each group relative to it, never saturated; None if not asked for.
     """
 
     step: jax.Array
@@ -205,20 +203,24 @@ def _with_global_norm(
     contexts: Sequence[Context], measured: Measurement, dtype: np.dtype
 ) -> list[Context]:
     """Adds the norm over all finite groups, and each group's share of it."""
-    most = float(jnp.finfo(dtype).max) ** 0.8
-    finite = list(zip(measured.norms, measured.scaled, measured.finite, strict=True))
-    norms = [jnp.where(is_finite, norm, 0) for norm, _, is_finite in finite]
-    scaled = [jnp.where(is_finite, small, 0) for _, small, is_finite in finite]
-    largest = [jnp.max(norm, initial=0) for norm in norms]
-    is_large = jnp.max(jnp.stack(largest), initial=0) > most if largest else False
+    most = jnp.finfo(dtype).max
+    triples = list(zip(measured.norms, measured.scaled, measured.finite, strict=True))
+    norms = [jnp.where(is_finite, norm, 0) for norm, _, is_finite in triples]
+    scaled = [jnp.where(is_finite, small, 0) for _, small, is_finite in triples]
+    largest = _largest(norms, dtype)
+    is_large = largest > most**0.8
     parts = [jnp.where(is_large, small, norm) for small, norm in zip(scaled, norms, strict=True)]
     total = root_sum_square(stack([root_sum_square(part) for part in parts], dtype))
+    past_range = jnp.minimum(largest * safe_ratio(total, _largest(parts, dtype)), most)
+    global_norm = jnp.where(is_large, lax.stop_gradient(past_range), total)
     return [
-        context._replace(
-            global_norm=jnp.where(is_large, most, total), shares=safe_ratio(part, total)
-        )
+        context._replace(global_norm=global_norm, shares=safe_ratio(part, total))
         for context, part in zip(contexts, parts, strict=True)
     ]
+
+
+def _largest(blocks: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
+    return jnp.max(stack([jnp.max(block, initial=0) for block in blocks], dtype), initial=0)
 
 
 def _any_cut(scaling: Scaling) -> jax.Array:

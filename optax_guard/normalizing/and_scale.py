@@ -74,7 +74,16 @@ def normalize_and_scale(
     for plain SGD to settle; a schedule does that. The first step is like every other. A gradient
     that holds NaN or Inf passes unchanged and leaves the state as it was.
 
-    AUTO
+    With ``alpha="auto"`` the history of ``n`` chooses, group by group. ``median`` is that of the
+    first 100 norms, of those so far before they are complete::
+
+        alpha  =  min(median, n)                                             first 100 norms
+        alpha  <- decay * alpha + (1 - decay) * min(n, 2 * median)           afterwards
+
+    A spike counts as at most twice the median, a zero norm not at all, and the update scales with
+    the loss, as the gradient does. Steps shrink as the norms do, so that plain SGD settles
+    without a schedule. The limit of the rule: where early norms have exploded already, so has
+    their median, and so will the steps be. Prefer a fixed ``alpha`` if you know one.
 
     Args:
       alpha: scalar in [0, inf), the norm to give; a number, an array, a traced value, or a

@@ -1,0 +1,179 @@
+"""The benchmark scripts run, and the reader of compiled programs agrees with the compiler.
+
+Covered: ``main(["--quick"])`` of each script (rows, table, JSON, picture), bytes against XLA's own
+count where there is no conditional, the cheap and the dear branch of one, loops, copies,
+collectives and callbacks, medians and quartiles, memory groups.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import _harness, _hlo, _report, _setups, collectives, end_to_end, step_cost
+
+
+def run_quickly(script: Any, folder: Any, *more: str) -> tuple[list[dict[str, Any]], Any]:
+    """Rows and record of a script, which says what it did with."""
+    path = folder / "result.json"
+    rows = script.main(["--quick", "--json", str(path), *more])
+    record = json.loads(path.read_text())
+    assert record["rows"] == json.loads(json.dumps(rows))
+    assert set(record) >= {"benchmark", "date", "versions", "device", "arguments"}
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["device"]["platform"] == "cpu"
+    return rows, record
+
+
+@pytest.mark.parametrize("script", [step_cost, end_to_end])
+def test_timing_script_returns_a_row_for_each_pipeline(script, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    rows, _ = run_quickly(script, tmp_path, "--plot", str(picture))
+    assert {"bare", "og.stabilize"} <= {row["variant"] for row in rows}
+    for row in rows:
+        assert "error" not in row
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["num_kernels"] > 0
+        assert row["hot_bytes"] > 0
+        if row["variant"] == "bare":
+            assert row["ratio"] == 1
+    table = capsys.readouterr().out
+    assert table.count("| og.stabilize") == sum(row["variant"] == "og.stabilize" for row in rows)
+    assert picture.stat().st_size > 1000
+
+
+def test_collectives_script_finds_what_a_guard_adds(tmp_path, capsys):
+    rows, _ = run_quickly(collectives, tmp_path)
+    for row in rows:
+        assert row["num_all_gathers"] == 0
+        assert (row["hot"] == []) == (row["variant"] == "bare")
+        assert row["state_bytes_added"] < 2000
+    assert "all-reduce" in capsys.readouterr().out
+
+
+def test_pipeline_that_does_not_run_is_reported(tmp_path, capsys):
+    variants = ["--trees", "tiny", "--variants", "apply_if_finite(clip)", "--rounds", "0"]
+    tree = _setups.make_tree({"kernel": (4, 4)}, gradient_dtype=jnp.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_setups.TREES, "tiny", lambda: tree)
+        rows, _ = run_quickly(step_cost, tmp_path, "--plot", str(tmp_path / "p.png"), *variants)
+    assert rows[1]["error"].startswith("TypeError")
+    assert "fails" in capsys.readouterr().out
+
+
+def program(function: Any, *arguments: Any, **options: Any) -> tuple[_hlo.Program, float]:
+    compiled = jax.jit(function, **options).lower(*arguments).compile()
+    return _hlo.analyze(compiled), compiled.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "adafactor", "lamb"])
+def test_bytes_without_conditionals_are_those_that_the_compiler_counts(name):
+    tree = _setups.make_tree({"kernel": (256, 128), "bias": (128,)})
+    _, measures = step_cost.measure(tree, _setups.OPTIMIZERS[name](), is_ours=True)
+    assert measures["num_conditionals"] == 0
+    # XLA looks closer at a few scalars inside of fusions.
+    np.testing.assert_allclose(measures["hot_bytes"], measures["all_bytes"], rtol=1e-3)
+
+
+def test_conditional_counts_its_cheap_branch_when_hot_and_its_dear_one_when_not():
+    x = jnp.ones((256, 256))
+
+    def function(is_rare, x):
+        return jax.lax.cond(is_rare, lambda x: jnp.sum(jnp.sin(x)), lambda x: 0.0, x)
+
+    found, theirs = program(function, True, x)
+    assert found.num_conditionals == 1
+    assert found.hot.num_bytes < 1000
+    assert found.dear.num_bytes >= x.nbytes
+    np.testing.assert_allclose(found.dear.num_bytes, theirs, rtol=1e-3)
+
+
+def test_loop_counts_as_often_as_it_runs():
+    x = jnp.ones((64, 64))
+
+    def function(x, number):
+        return jax.lax.fori_loop(0, number, lambda _, y: jnp.tanh(y @ y), x)
+
+    once, many = (
+        program(function, x, number, static_argnums=1)[0].hot.num_bytes for number in (2, 10)
+    )
+    assert 4.5 < many / once < 5.5
+
+
+def test_copy_of_an_array_counts_with_its_size():
+    found, _ = program(lambda x: (x, jnp.sum(x)), jnp.ones((64, 64)))
+    assert found.hot.copies == [64 * 64]
+    donated, _ = program(lambda x: (x, jnp.sum(x)), jnp.ones((64, 64)), donate_argnums=0)
+    assert donated.hot.copies == []
+
+
+def test_callback_counts_as_a_host_transfer():
+    def function(x):
+        jax.debug.callback(lambda _: None, x)
+        return x + 1
+
+    assert program(function, jnp.ones(4))[0].hot.num_host_transfers == 1
+    assert program(lambda x: x + 1, jnp.ones(4))[0].hot.num_host_transfers == 0
+
+
+def test_collectives_are_found_with_their_sizes():
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jnp.ones((8, 16))
+    total, _ = program(lambda x: x.sum(0), x, in_shardings=split, out_shardings=whole)
+    assert total.hot.collectives == [_hlo.Collective("all-reduce", 1, 16)]
+    gathered, _ = program(lambda x: x * 2, x, in_shardings=split, out_shardings=whole)
+    assert [each.kind for each in gathered.hot.collectives] == ["all-gather"]
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        _hlo.parse("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("f32[2,3]{1,0}", 24), ("(bf16[5], s4[3], pred[])", 13), ("token[]", 0), ("f8e4m3fn[7]", 7)],
+)
+def test_types_have_their_sizes(text, num_bytes):
+    assert _hlo.Instruction("x", "add", text, (), "", False).num_bytes == num_bytes
+
+
+def test_ratios_are_of_the_same_round():
+    timing = _harness.Timing([2.0, 8.0, 3.0], [2.0, 2.0, 1.0]).per(2)
+    assert timing.summary() == {
+        "step_seconds": 1.5,
+        "ratio": 2.0,
+        "ratio_low": 1.5,
+        "ratio_high": 2.0,
+        "num_rounds": 3,
+    }
+
+
+def test_groups_fit_in_memory_and_each_has_the_baseline():
+    sizes = {"bare": 2.0, "a": 3.0, "b": 4.0, "c": 1.0, "large": 100.0}
+    groups = _harness.groups_within(9.0, sizes, "bare")
+    assert groups == [["bare", "a", "b"], ["bare", "c"], ["bare", "large"]]
+    assert _harness.groups_within(9.0, {"bare": 2.0}, "bare") == [["bare"]]
+
+
+def test_table_is_aligned_markdown():
+    columns = {"name": lambda row: row["name"], "n": lambda row: str(row["n"])}
+    assert _report.markdown_table([{"name": "a", "n": 10}], columns).splitlines() == [
+        "| name |  n |",
+        "| :--- | -: |",
+        "| a    | 10 |",
+    ]
+
+
+def test_bytes_of_state_are_those_of_the_arrays():
+    params = {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+    assert _setups.num_bytes(jax.eval_shape(optax.adam(0.1).init, params)) == 2 * 64 + 4
