@@ -28,7 +28,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import optax_guard as og
 from benchmarks import _hlo
-from benchmarks._setups import num_bytes
 
 
 class Measures(NamedTuple):
@@ -220,10 +219,6 @@ def random_like(tree: Any, scale: float, seed: int = 0) -> Any:
     )
     drawn = [draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=False)]
     return jax.tree.unflatten(treedef, drawn)
-
-
-def bytes_of_state(init: Callable[[Any], Any], params: Any) -> int:
-    return num_bytes(jax.eval_shape(init, params))
 
 
 @contextmanager

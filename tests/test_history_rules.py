@@ -462,12 +462,12 @@ def test_paper_mode_stays_below_a_new_level_for_ever():
 def test_observed_steps_are_zero_whatever_they_bring():
     norms = healthy_norms(6)
     norms[:3] = 1e6, np.nan, 1.0
-    norms[4] = 1e6
+    norms[4] = 1e7
     factors, states = run(norms)["median"]
     np.testing.assert_array_equal(factors[[0, 2, 3]], 0)  # the NaN does not count
     assert np.isnan(factors[1])
-    median = np.median([1e6, 1.0, norms[3], 1e6])
-    np.testing.assert_allclose(factors[4], 3 * median / 1e6, rtol=RTOL)
+    median = np.median([1e6, 1.0, norms[3], 1e7])
+    np.testing.assert_allclose(factors[4], 3 * median / 1e7, rtol=RTOL)
     np.testing.assert_allclose(states.median_last_scale[[0, 2, 3]], 0)
 
 
@@ -491,8 +491,8 @@ def test_every_percentile_may_be_traced():
     actual = jax.jit(jax.vmap(factors))(percentiles.astype(np.float32))
     for percentile, row in zip(percentiles, actual, strict=True):
         expected = reference_percentile(norms, float(np.float32(percentile)), 30)
-        is_zero = norms == 0  # 0 / 0 here
-        np.testing.assert_allclose(row[~is_zero], expected[~is_zero], rtol=RTOL)
+        is_live = np.isfinite(norms) & (norms > 0)
+        np.testing.assert_allclose(row[is_live], expected[is_live], rtol=RTOL)
 
 
 def test_a_spike_beside_the_percentile_stays_out_of_it():
@@ -563,6 +563,7 @@ def scan_scopes(tree: Any) -> Any:
         (rule, case): make(scope=scope)
         for rule, make in SCOPED.items()
         for case, (_, scope) in cases.items()
+        if case in ("unit", "leaf") or rule in ("percentile", "ema")
     }
 
     def body(states, gradients):
@@ -584,18 +585,19 @@ def test_every_scope_keeps_a_history_for_each_group():
         "vector": jnp.asarray(rows[3]),
     }
     results = jax.device_get(jax.jit(scan_scopes)(tree))
+
+    def check(actual, expected):  # sums in another order: a few roundings
+        assertions.assert_close(actual, expected, rtol=RTOL, atol=1e-9)
+
     for rule in SCOPED:
-        unit, by_callable = results[rule, "unit"], results[rule, "callable"]
-        leaf, whole = results[rule, "leaf"], results[rule, "whole"]
+        leaf = results[rule, "leaf"]
         stacked = np.stack([leaf[f"column{i}"] for i in range(3)], axis=-1)
-        # Sums in another order: a few roundings.
-        assertions.assert_close(
-            unit, {"matrix": stacked, "vector": leaf["vector"]}, rtol=RTOL, atol=1e-9
-        )
-        assertions.assert_close(by_callable, unit, rtol=RTOL, atol=1e-9)
-        flat = [part.reshape(len(part), -1) for part in results[rule, "global"].values()]
-        assertions.assert_close(np.concatenate(flat, axis=1), whole, rtol=RTOL, atol=1e-9)
+        check(results[rule, "unit"], {"matrix": stacked, "vector": leaf["vector"]})
         assert np.any(np.abs(stacked) < 0.9 * np.abs(np.stack(rows[:3], axis=-1))), rule
+    for rule in ("percentile", "ema"):
+        check(results[rule, "callable"], results[rule, "unit"])
+        flat = [part.reshape(len(part), -1) for part in results[rule, "global"].values()]
+        check(np.concatenate(flat, axis=1), results[rule, "whole"])
 
 
 @pytest.mark.parametrize(
@@ -652,9 +654,9 @@ def warm_up(tree, max_norm, scope):
     return tx.update(tree, tx.init(tree))[0]
 
 
-@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-10, 1e10, 1e30, 3e37])
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-10, 1e10, 1e30, 3e37])
 def test_later_steps_are_clipped_at_every_scale(scale):
-    # All within the range of the norms, if not of their squares: z-scores need those.
+    # Rules that need no squares of norms. Differences of norms may not be denormal either.
     norms = np.array([1.0, 1.1, 0.9] * 15 + [8.0])
     results = run(norms * scale)
     for rule in ("percentile", "median", "median-short", "max_ema"):
@@ -734,7 +736,8 @@ COMPANY = {
 }
 
 
-@pytest.mark.parametrize("rule", COMPANY)
+# The others share all of their code but the rule itself with one of these.
+@pytest.mark.parametrize("rule", ["median", "ema", "param_norm", "max_ema", "relative_change"])
 def test_rule_works_in_chains_partitions_guards_and_accumulators(rule):
     tx, adam = COMPANY[rule](), optax.scale_by_adam()
     labels = {"b": "free", "w": "clipped"}
@@ -794,8 +797,8 @@ def test_clip_by_param_norm_equals_adaptive_grad_clip(shape):
     params = jnp.asarray(rng.normal(size=shape), jnp.float32)
     if shape:
         params = params.at[..., 0].set(0)
-    gradients = jnp.asarray(rng.normal(size=shape) * 10.0 ** rng.integers(-4, 2, shape[-1:]))
-    gradients = gradients.astype(jnp.float32)
+    sizes = 10.0 ** np.resize([1.0, -5.0, -2.0, 0.0], shape[-1:])
+    gradients = jnp.asarray(rng.normal(size=shape) * sizes, jnp.float32)
     tx, peer = og.clip_by_param_norm(0.05), optax.adaptive_grad_clip(0.05)
     updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     expected, _ = jax.jit(peer.update)(gradients, peer.init(params), params)
@@ -851,13 +854,11 @@ def test_documented_scope_gives_one_norm_for_each_unit():
     tx = og.clip_by_param_norm(0.01, scope=unit_axes)
     updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     for name, (_, over) in axes.items():
-        norms, param_norms = (
-            np.linalg.norm(tree[name].astype(np.float64), axis=over[0] if len(over) == 1 else None)
-            if len(over) == 1
-            else np.sqrt(np.sum(tree[name].astype(np.float64) ** 2, axis=over))
+        norms, expected = (
+            np.sqrt(np.sum(np.square(np.asarray(tree[name]), dtype=np.float64), axis=over))
             for tree in (updates, params)
         )
-        np.testing.assert_allclose(norms, 0.01 * param_norms, rtol=RTOL, err_msg=name)
+        np.testing.assert_allclose(norms, 0.01 * expected, rtol=RTOL, err_msg=name)
 
 
 def test_documented_mask_leaves_the_head_alone():
