@@ -109,7 +109,9 @@ def _sums_at_all_scales(
     is_small = _any([part < r.low for part in groups.total(stacked)])
     is_cold = is_large | (is_small & small_norms_matter)
     if all(leaf.dtype == jnp.float16 for leaf in leaves):
-        is_cold = jnp.asarray(False)  # squares of float16 always fit float32
+        # Squares of float16 fit float32. A constant False here would let XLA fold the factors
+        # below into infinite ones.
+        is_cold = is_large
 
     def keep(terms, leaves):
         del leaves

@@ -90,12 +90,13 @@ def guard(
       (reason 4),
     * a condition in ``skip_if`` says so (reason 8).
 
-    On a skip the update is -0.0, which changes no bit of any parameter, and every leaf of the
-    inner state stays bitwise what it was: moments, schedule counts, PRNG keys, clip histories. A
-    run with faulty steps ends bitwise where the same compiled function ends that saw only the
-    healthy ones. The guard never accepts a non-finite gradient. After ``max_consecutive_skips``
-    skips in a row ``gave_up`` is set for good; nothing else changes, and :func:`check` raises on
-    the host. The first step is judged like every other.
+    On a skip the update is -0.0, which changes no bit of any parameter (but a backend may flush
+    subnormal ones to zero in every addition), and every leaf of the inner state stays bitwise
+    what it was: moments, schedule counts, PRNG keys, clip histories. A run with faulty steps ends
+    bitwise where the same compiled function ends that saw only the healthy ones. The guard never
+    accepts a non-finite gradient. After ``max_consecutive_skips`` skips in a row ``gave_up`` is
+    set for good; nothing else changes, and :func:`check` raises on the host. The first step is
+    judged like every other.
 
     When a gradient is non-finite, parameters and inner state are looked at too. If one of them
     was non-finite already, reason 16 is added and ``gave_up`` set at once: no later step can

@@ -50,6 +50,9 @@ def skip_microbatch(
       accumulator by multiplying it with 0, so that a NaN stays in it for good; the guard then
       skips every window until it gives up.
 
+    ``MultiSteps`` shows this function no loss. A NaN loss beside finite gradients is seen by the
+    guard only: outside always, inside with the last micro-batch of a window, which then is lost.
+
     A sum that overflows although every micro-batch is finite (``use_grad_mean=False``) spoils the
     accumulator in the same way; only ``guard(MultiSteps(...), check_update=True)`` sees it coming.
 
