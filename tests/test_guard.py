@@ -201,6 +201,52 @@ def test_complex_gradients():
         assertions.assert_same_bits(state.inner_state, expected_state.inner_state)
 
 
+# States wired in any way
+
+
+def wired_optimizer() -> optax.GradientTransformation:
+    """Its new state is made of shared values, swapped fields, inputs, constants, other dtypes."""
+
+    def init(params):
+        names = ("one", "same as one", "x", "y", "gradient", "params", "kept")
+        state = {name: jnp.full(2, float(i)) for i, name in enumerate(names)}
+        return state | {"flag": jnp.array(True), "half": jnp.zeros(2, jnp.float16)}
+
+    def update(updates, state, params=None):
+        doubled = 2 * updates["w"]
+        return {"w": doubled + state["one"]}, {
+            "one": doubled,
+            "same as one": doubled,
+            "x": state["y"],
+            "y": state["x"],
+            "gradient": updates["w"],
+            "params": params["w"],
+            "kept": state["kept"],
+            "flag": jnp.asarray(False),
+            "half": doubled + 1.0,
+        }
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("check_update", [False, True])
+def test_every_field_of_a_state_is_restored_however_it_is_made(check_update):
+    bare, tx = wired_optimizer(), og.guard(wired_optimizer(), check_update=check_update)
+    params = {"w": jnp.array([5.0, 6.0])}
+    good, bad = {"w": jnp.array([0.5, -1.0])}, {"w": jnp.array([jnp.inf, 1.0])}
+    update = jax.jit(tx.update)
+    start = tx.init(params)
+    _, after = update(bad, start, params)
+    assertions.assert_same_bits(after.inner_state, start.inner_state)
+    updates, after = update(good, after, params)
+    expected_updates, expected = bare.update(good, bare.init(params), params)
+    expected["half"] = expected["half"].astype(jnp.float16)
+    assertions.assert_same_bits(updates, expected_updates)
+    assertions.assert_same_bits(after.inner_state, expected)
+    _, again = update(bad, after, params)
+    assertions.assert_same_bits(again.inner_state, after.inner_state)
+
+
 # Giving up
 
 

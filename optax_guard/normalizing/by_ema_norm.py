@@ -91,11 +91,11 @@ def normalize_by_ema_norm(
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in [5.0, 5.0, 5000.0, 5.0]:
       ...     updates, state = tx.update(jnp.array([norm]), state)
-      ...     print(updates.round(2))
-      [1.]
-      [1.]
-      [0.75]
-      [0.54]
+      ...     print(f"{updates[0]:.2f}")
+      1.00
+      1.00
+      0.75
+      0.54
 
     References:
       Huang et al., `Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam

@@ -113,7 +113,7 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp, optax_guard as og
-      >>> og.select(jnp.array(False), {"mean": jnp.array(jnp.nan)}, {"mean": jnp.array(0.5)})
-      {'mean': Array(0.5, dtype=float32)}
+      >>> og.select(jnp.array(False), {"mean": jnp.full(1, jnp.nan)}, {"mean": jnp.zeros(1)})
+      {'mean': Array([0.], dtype=float32)}
     """
     return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
