@@ -14,7 +14,7 @@ derivative of the whole is finite (at zero, at 1e-30, and next to a NaN).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,7 @@ class Measurement(NamedTuple):
       norms: for each block the norms; a finite gradient never gives inf (saturated).
       scaled: for each block the norms times a small power of two, for norms past float32.
       finite: for each block, whether all elements of the group are finite.
+      norm: of all leaves together.
       leaf_norms: float32 ``[leaves]``.
       leaf_finite: bool ``[leaves]``.
     """
@@ -56,6 +57,7 @@ class Measurement(NamedTuple):
     norms: tuple[jax.Array, ...]
     scaled: tuple[jax.Array, ...]
     finite: tuple[Any, ...]
+    norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: Any
 
@@ -95,42 +97,10 @@ class _Sums(NamedTuple):
     up: tuple[jax.Array, ...]
 
 
-def _sums_at_all_scales(
-    leaves: Sequence[jax.Array], groups: Groups, small_norms_matter: jax.Array
+def _at_all_scales(
+    sums: Sequence[jax.Array], scales: Sequence[jax.Array | float], dtype: np.dtype
 ) -> _Sums:
-    """Sums of squares; the two rescaled ones are read off the gradients only when needed."""
-    r = _RANGES[groups.dtype]
-    terms = tuple(
-        squared_sum(leaf, axes, groups.dtype)
-        for leaf, axes in zip(leaves, groups.axes, strict=True)
-    )
-    stacked = groups.stack(terms)
-    is_large = _any([~(part <= r.high) for part in stacked])
-    is_small = _any([part < r.low for part in groups.total(stacked)])
-    is_cold = is_large | (is_small & small_norms_matter)
-    if all(leaf.dtype == jnp.float16 for leaf in leaves):
-        # Squares of float16 fit float32. A constant False here would let XLA fold the factors
-        # below into infinite ones.
-        is_cold = is_large
-
-    def keep(terms, leaves):
-        del leaves
-        return groups.stack(terms), groups.stack([jnp.ones_like(term) for term in terms])
-
-    def reread(terms, leaves):
-        # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
-        # only if no two leaves share the broadcast factor.
-        scales = [
-            jnp.where(term <= r.high, jnp.where(term < r.low, r.up, 1), r.down).astype(term.dtype)
-            for term in terms
-        ]
-        parts = zip(leaves, groups.axes, scales, strict=True)
-        sums = [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
-        return groups.stack(sums), groups.stack(scales)
-
-    # From here on everything hangs on the branch, whose outputs XLA cannot fuse with what made
-    # them; else it would repeat the sum over all leaves in the loop of every leaf.
-    sums, scales = lax.cond(is_cold, reread, keep, terms, tuple(leaves))
+    """From sums of ``|scale * leaf|**2`` to those at the three scales."""
 
     def at_scale(wanted):
         return tuple(
@@ -138,11 +108,31 @@ def _sums_at_all_scales(
             for part, scale in zip(sums, scales, strict=True)
         )
 
+    r = _RANGES[dtype]
     return _Sums(at_scale(r.down), at_scale(1.0), at_scale(r.up))
 
 
-def _any(flags: Sequence[jax.Array]) -> jax.Array:
-    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.asarray(False)
+def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Groups) -> _Sums:
+    """Sums of squares of leaves whose own plain sums, ``terms``, may be out of range."""
+    r = _RANGES[groups.dtype]
+    # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
+    # only if no two leaves share the broadcast factor.
+    scales = [
+        lax.select(
+            term <= r.high,
+            lax.select(term < r.low, lax.full_like(term, r.up), lax.full_like(term, 1)),
+            lax.full_like(term, r.down),
+        )
+        for term in terms
+    ]
+    parts = zip(leaves, groups.axes, scales, strict=True)
+    sums = [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
+    return _at_all_scales(groups.stack(sums), groups.stack(scales), groups.dtype)
+
+
+def _any(flags: Iterable[jax.Array]) -> jax.Array:
+    flags = [jnp.any(flag) for flag in flags]
+    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
 
 
 def psum(tree: Any, axis_name: AxisName) -> Any:
@@ -171,6 +161,45 @@ def _root(
     return norm, scaled, is_finite
 
 
+def _combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
+    """Norm over all leaves from their norms; infinite or NaN as they are.
+
+    Relative to the largest norm, so that no square overflows.
+    """
+    is_usable = leaf_finite & (leaf_norms > 0)
+    largest = jnp.max(jnp.where(is_usable, leaf_norms, 0), initial=0)
+    divisor = jnp.where(largest > 0, largest, 1)
+    ratios = jnp.where(is_usable, leaf_norms, 0) / divisor
+    total = jnp.sum(ratios * ratios)
+    norm = jnp.where(total > 0, divisor * jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+    norm = jnp.minimum(norm, jnp.finfo(norm.dtype).max)
+    return jnp.where(jnp.all(leaf_finite), norm, jnp.sum(jnp.where(leaf_finite, 0, leaf_norms)))
+
+
+def _roots(sums: _Sums, groups: Groups) -> Measurement:
+    """All norms from sums that may be out of range at one or two of the scales."""
+    roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
+    norms, scaled, finite = zip(*roots, strict=True) if roots else ((), (), ())
+    leaf_norms, _, leaf_finite = _root(*map(groups.leaf_vector, sums))
+    norm = norms[0] if groups.kind == "global" else _combine(leaf_norms, leaf_finite)
+    return Measurement(norms, scaled, finite, norm, leaf_norms.astype(jnp.float32), leaf_finite)
+
+
+def _plain_roots(stacked: tuple[jax.Array, ...], groups: Groups) -> Measurement:
+    """All norms from plain sums that are in range."""
+    sums = groups.total(stacked)
+    norms = tuple(map(jnp.sqrt, sums))
+    leaf_sums = groups.leaf_vector(stacked)
+    return Measurement(
+        norms=norms,
+        scaled=tuple(norm * _RANGES[groups.dtype].down for norm in norms),
+        finite=tuple(map(jnp.isfinite, sums)),
+        norm=jnp.sqrt(jnp.sum(leaf_sums)),
+        leaf_norms=jnp.sqrt(leaf_sums).astype(jnp.float32),
+        leaf_finite=jnp.isfinite(leaf_sums),
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _measure(
     leaves: tuple[jax.Array, ...],
@@ -178,11 +207,41 @@ def _measure(
     groups: Groups,
     axis_name: AxisName,
 ) -> Measurement:
-    sums = psum(_sums_at_all_scales(leaves, groups, small_norms_matter), axis_name)
-    roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
-    norms, scaled, finite = zip(*roots, strict=True) if roots else ((), (), ())
-    leaf_norms, _, leaf_finite = _root(*map(groups.leaf_vector, sums))
-    return Measurement(norms, scaled, finite, leaf_norms.astype(jnp.float32), leaf_finite)
+    r = _RANGES[groups.dtype]
+    terms = tuple(
+        squared_sum(leaf, axes, groups.dtype)
+        for leaf, axes in zip(leaves, groups.axes, strict=True)
+    )
+    stacked = groups.stack(terms)
+    sums = groups.total(stacked)
+    high = r.high / max(1, sum(part.size for part in sums))  # that of all groups fits then, too
+    is_cold = _any([~(part <= high) for part in sums])
+    if any(leaf.dtype != jnp.float16 for leaf in leaves):
+        # Squares of float16 fit float32. A constant False for them would let XLA fold the scales
+        # into infinite ones.
+        are_small = [part < r.low for part in sums]
+        is_cold |= jnp.where(small_norms_matter, _any(are_small), ~_any(map(jnp.invert, are_small)))
+
+    # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
+    # them; else it would repeat the sum over all leaves in the loop of every leaf.
+    if axis_name is None:
+        return lax.cond(
+            is_cold,
+            lambda leaves, terms, *_: _roots(_reread(leaves, terms, groups), groups),
+            lambda leaves, terms, stacked: _plain_roots(stacked, groups),
+            leaves,
+            terms,
+            stacked,
+        )
+    sums_at_all_scales = lax.cond(
+        is_cold,
+        lambda leaves, terms, _: _reread(leaves, terms, groups),
+        lambda leaves, terms, stacked: _at_all_scales(stacked, [1.0] * len(stacked), groups.dtype),
+        leaves,
+        terms,
+        stacked,
+    )
+    return _roots(psum(sums_at_all_scales, axis_name), groups)
 
 
 @_measure.defjvp
@@ -211,10 +270,13 @@ def _measure_jvp(groups, axis_name, primals, tangents):
     whole = make_groups("leaf", [], leaves)
     leaf_norms = result.leaf_norms.astype(groups.dtype)
     (leaf_norms_dot,) = tangent(whole, [leaf_norms], [leaf_norms * down], [result.leaf_finite])
+    is_usable = jnp.isfinite(result.norm) & (result.norm > 0)
+    shares = jnp.where(is_usable, leaf_norms, 0) / jnp.where(is_usable, result.norm, 1)
     return result, Measurement(
         norms=norms,
         scaled=tuple(dot * down for dot in norms),
         finite=tuple(np.zeros(flag.shape, jax.dtypes.float0) for flag in result.finite),
+        norm=jnp.sum(shares * leaf_norms_dot),
         leaf_norms=leaf_norms_dot.astype(jnp.float32),
         leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),
     )
@@ -304,23 +366,23 @@ def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> 
     """Gives each active group the norm ``limit``; the others keep every bit."""
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
 
-    def some(scaling):
+    def factors(scaling):
         return tuple(
-            per_leaf(map(jnp.where, scaling.active, factors, ones))
-            for factors in _factors(*scaling[:3])
+            list(map(jnp.where, scaling.active, blocks, ones)) for blocks in _factors(*scaling[:3])
         )
-
-    def per_leaf(blocks):
-        # Scalars leave the branch one by one: slices of a vector in the loop of each leaf would
-        # triple the time to compile.
-        return groups.spread(list(blocks)) if groups.kind == "leaf" else list(blocks)
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.
-    none = per_leaf(ones)
-    firsts, seconds = lax.cond(_any(scaling.active), some, lambda _: (none, none), scaling)
-    if groups.kind != "leaf":
-        firsts, seconds = groups.spread(firsts), groups.spread(seconds)
+    if groups.kind == "leaf":
+        # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
+        # would make all loops different, and the compiler compiles equal ones once.
+        pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
+        one = jnp.ones_like(pairs[0])
+        spread = lax.cond(_any(scaling.active), list, lambda pairs: [one] * len(leaves), pairs)
+        firsts, seconds = ([pair[place] for pair in spread] for place in (0, 1))
+    else:
+        chosen = lax.cond(_any(scaling.active), factors, lambda _: (ones, ones), scaling)
+        firsts, seconds = map(groups.spread, chosen)
     return tuple(map(_times, leaves, firsts, seconds))
 
 
@@ -347,18 +409,3 @@ def _rescale_jvp(groups, primals, tangents):
         moved = _times(across, factors[0][i], factors[1][i]) + unit * limit_dots[i]
         result.append(jnp.where(active[i], moved.astype(leaf.dtype), dot))
     return rescale(leaves, scaling, groups), tuple(result)
-
-
-def combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
-    """Norm over all leaves from their norms; infinite or NaN as they are.
-
-    Relative to the largest norm, so that no square overflows.
-    """
-    is_usable = leaf_finite & (leaf_norms > 0)
-    largest = jnp.max(jnp.where(is_usable, leaf_norms, 0), initial=0)
-    divisor = jnp.where(largest > 0, largest, 1)
-    ratios = jnp.where(is_usable, leaf_norms, 0) / divisor
-    total = jnp.sum(ratios * ratios)
-    norm = jnp.where(total > 0, divisor * jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
-    norm = jnp.minimum(norm, jnp.finfo(norm.dtype).max)
-    return jnp.where(jnp.all(leaf_finite), norm, jnp.sum(jnp.where(leaf_finite, 0, leaf_norms)))

@@ -612,3 +612,14 @@ def test_any_schedule_of_faults_ends_where_its_healthy_steps_end(kinds):
     rows = [len(list(run)) for is_bad, run in itertools.groupby(kinds, bool) if is_bad]
     assert bool(gave_up[len(kinds) - 1]) == (max(rows, default=0) >= 5)
     assert (state.guard_step, state.skipped_total) == (len(kinds), np.count_nonzero(faults))
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-12, 1e17, 1e30])
+def test_norms_in_the_state_are_right_though_the_clip_does_not_need_them(scope, scale):
+    gradients = {"a": jnp.full((3, 4), scale), "b": jnp.full(9, 2 * scale)}
+    tx = og.stabilize(optax.sgd(0.1), clip=og.clip_by_norm(1.0, scope=scope))
+    _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
+    # 1e-6: a float32 sum of at most twelve squares and its root
+    np.testing.assert_allclose(state.grad_norm, scale * 48**0.5, rtol=1e-6)
+    np.testing.assert_allclose(state.leaf_norms, [scale * 12**0.5, scale * 6.0], rtol=1e-6)

@@ -117,27 +117,27 @@ def _check_state(old: Any, new: Any) -> None:
 
 def measure_gradients(
     proposal: Proposal, axis_name: AxisName
-) -> tuple[jax.Array, jax.Array, dict[core.Var, Any]]:
-    """Norm and finiteness of every gradient leaf.
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[core.Var, Any]]:
+    """Norm of the gradients, norm and finiteness of every leaf.
 
     A clip of this library inside the optimizer measures the very gradients that the guard must
     measure. Its equation is then evaluated here, ahead of the others, and serves both.
 
     Returns:
-      float32 ``[leaves]``, bool ``[leaves]``, and what is known of the jaxpr's variables by now.
+      A scalar, float32 ``[leaves]``, bool ``[leaves]``, and what is known of the jaxpr's variables by now.
     """
     gradients = [proposal.arguments[i] for i in proposal.gradients]
     leaves = [jnp.asarray(leaf) for leaf in gradients if is_inexact(leaf)]
     equation = _find_measurement(proposal, axis_name)
     if equation is None:
         measured = measure(leaves, make_groups("global", [], leaves), axis_name=axis_name)
-        return measured.leaf_norms, measured.leaf_finite, {}
+        return measured.norm, measured.leaf_norms, measured.leaf_finite, {}
     needed = _equations_for(proposal.jaxpr, equation)
     known = _inputs(proposal.jaxpr, proposal.arguments)
     for each in needed:
         known.update(_evaluate_equation(each, known))
-    *_, leaf_norms, leaf_finite = (known[var] for var in equation.outvars)
-    return leaf_norms, leaf_finite, {var: known[var] for var in equation.outvars}
+    *_, norm, leaf_norms, leaf_finite = (known[var] for var in equation.outvars)
+    return norm, leaf_norms, leaf_finite, {var: known[var] for var in equation.outvars}
 
 
 def _find_measurement(proposal: Proposal, axis_name: AxisName) -> core.JaxprEqn | None:
@@ -205,7 +205,7 @@ def _select_where_produced(
         if is_produced and getattr(atom.aval, "dtype", None) == arguments[index].dtype:
             old_values.setdefault(atom, arguments[index])
     leaves = _evaluate(
-        proposal.jaxpr, arguments, known, old_values, lambda new, old: jnp.where(ok, new, old)
+        proposal.jaxpr, arguments, known, old_values, lambda new, old: lax.select_n(ok, old, new)
     )
     done = {
         i for i, atom in enumerate(outputs) if _is_done(atom, i, proposal, old_values, arguments)
@@ -260,15 +260,15 @@ def _keep_unless(ok: jax.Array, new: Any, old: Any) -> Any:
         return old
     if new.dtype != old.dtype:
         new = new.astype(old.dtype)
-    return jnp.where(ok, new, old)
+    return lax.select_n(ok, old, new)
 
 
 def _nothing_unless(ok: jax.Array, update: Any) -> Any:
     """-0.0 on a skip: adding it keeps every bit of a parameter, the sign of zero included."""
     if _is_float0(update):
         return update
-    nothing = -jnp.zeros_like(update) if is_inexact(update) else jnp.zeros_like(update)
-    return jnp.where(ok, update, nothing)
+    nothing = lax.full_like(update, -0.0 if is_inexact(update) else 0)
+    return lax.select_n(ok, nothing, update)
 
 
 def _is_float0(leaf: Any) -> bool:

@@ -60,14 +60,17 @@ def any_nonfinite(
                 seen[leaf.shape] += 1
             groups.setdefault(key, []).append(leaf)
             keys.append(key)
-    flags = stack_flags([_any_is_nonfinite(group) for group in groups.values()])
+    sums = [_finite_sum(group) for group in groups.values()]
+    flags = ~jnp.isfinite(jnp.stack(sums)) if sums else jnp.zeros((0,), jnp.bool_)
     order = {key: index for index, key in enumerate(groups)}
     group_of_leaf = np.asarray([order[key] for key in keys[: is_exempt.size]], int)
     return jnp.any(flags & ~jnp.zeros_like(flags).at[group_of_leaf].max(is_exempt))
 
 
-def _any_is_nonfinite(group: Sequence[jax.Array]) -> jax.Array:
-    return ~jnp.isfinite(jnp.sum(sum(map(_zero_or_nan, group[1:]), _zero_or_nan(group[0]))))
+def _finite_sum(group: Sequence[jax.Array]) -> jax.Array:
+    """Zero if all elements of arrays of one shape are finite, else NaN."""
+    total = sum(map(_zero_or_nan, group[1:]), _zero_or_nan(group[0]))
+    return jnp.sum(total).astype(jnp.float32)
 
 
 def _zero_or_nan(leaf: jax.Array) -> jax.Array:

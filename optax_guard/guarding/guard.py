@@ -13,7 +13,7 @@ from jax import lax
 
 from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_axis_name, check_count, check_flag, check_transformation
-from optax_guard._norms import AxisName, combine, psum
+from optax_guard._norms import AxisName, psum
 from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping.by_norm import clip_by_norm
 from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
@@ -45,7 +45,8 @@ class GuardState(NamedTuple):
         proposed update or state, 8 condition, 16 parameters or state were already non-finite.
       gave_up: bool, latched by too many skips in a row or by reason 16.
       grad_norm: float32, global norm of the last call's gradients, before any clipping.
-      leaf_norms: float32 ``[float leaves]``, norms of the leaves in order.
+      leaf_norms: float32 ``[float leaves]``, norms of the leaves in order; one below about 1e-19
+        reads as 0 beside larger ones.
       last_fault_step: int32, the ``guard_step`` that counted the last skipped call; 0 for none.
       last_fault_reason: int32 bit mask.
       last_fault_leaves: bool ``[float leaves]``, which gradients were non-finite then.
@@ -175,8 +176,7 @@ def guard(
 
     def update(updates, state, params=None, **extra_args):
         proposal = propose(inner_update, updates, state.inner_state, params, extra_args)
-        leaf_norms, leaf_finite, known = measure_gradients(proposal, axis_name)
-        grad_norm = combine(leaf_norms, leaf_finite)
+        grad_norm, leaf_norms, leaf_finite, known = measure_gradients(proposal, axis_name)
         value = _shared_value(extra_args.get("value"), axis_name)
         bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
         bad_proposal, bad_updates = jnp.asarray(False), None

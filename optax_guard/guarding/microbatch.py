@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard._norms import AxisName, combine, measure
+from optax_guard._norms import AxisName, measure
 from optax_guard._scopes import make_groups
 from optax_guard._trees import float_leaves
 
@@ -89,7 +89,7 @@ def skip_microbatch(
     should_skip = ~jnp.all(measured.leaf_finite)
     return should_skip, SkipMicrobatchState(
         microbatch_skipped=should_skip,
-        microbatch_norm=combine(measured.leaf_norms, measured.leaf_finite).astype(jnp.float32),
+        microbatch_norm=measured.norm.astype(jnp.float32),
         microbatch_leaf_norms=measured.leaf_norms,
         microbatch_bad_leaves=~measured.leaf_finite,
     )
