@@ -124,7 +124,8 @@ def measure_gradients(
     measure. Its equation is then evaluated here, ahead of the others, and serves both.
 
     Returns:
-      A scalar, float32 ``[leaves]``, bool ``[leaves]``, and what is known of the jaxpr's variables by now.
+      A scalar, float32 ``[leaves]``, bool ``[leaves]``, and what is known of the jaxpr's
+      variables by now.
     """
     gradients = [proposal.arguments[i] for i in proposal.gradients]
     leaves = [jnp.asarray(leaf) for leaf in gradients if is_inexact(leaf)]
