@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import registry
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -252,6 +253,56 @@ def test_explain_describes_every_guard():
     assert text.count("No step was skipped in 0 steps.") == 1  # the inner one did not move
 
 
+def test_explain_lists_the_finite_leaves_next_to_the_faulty_ones():
+    params = {f"layer{index:02}": jnp.ones(1) for index in range(40)}
+    gradients = params | {"layer20": jnp.full(1, jnp.nan)}
+    lines = og.explain(after(og.guard(SGD), gradients, params=params), params).splitlines()
+    assert lines[1] == "  non-finite: layer20 (norm nan)"
+    near = [f"layer{index} (norm 1)" for index in (16, 17, 18, 19, 21, 22, 23, 24)]
+    assert lines[2] == f"  still finite: {', '.join(near)} and 31 more"
+
+
+def test_explain_says_when_no_leaf_is_finite_any_more():
+    state = after(og.guard(SGD), jax.tree.map(lambda leaf: leaf * jnp.nan, GRADIENTS))
+    assert og.explain(state, PARAMS).splitlines()[2] == (
+        "  No leaf is still finite: it came with the batch, the loss or the weights."
+    )
+
+
+MASK = {"dense": {"bias": False, "kernel": True}, "scale": True}
+LABELS = {"dense": {"bias": "a", "kernel": "b"}, "scale": "a"}
+
+
+def test_explain_names_leaves_behind_a_mask_where_moments_tell_them():
+    state = after(optax.masked(og.guard(optax.adam(0.1)), MASK), with_nan())
+    lines = og.explain(state, PARAMS).splitlines()
+    assert lines[1:3] == [
+        "  non-finite: dense/kernel (norm nan)",
+        "  still finite: scale (norm 0.5)",
+    ]
+
+
+def test_explain_numbers_leaves_behind_a_mask_where_nothing_tells_them():
+    state = after(optax.masked(og.guard(SGD), MASK), with_nan())
+    text = og.explain(state, PARAMS)
+    assert "  non-finite: leaf 0 (norm nan)\n  still finite: leaf 1 (norm 0.5)\n" in text
+    assert "inside optax.masked or optax.partition and watches 2 of the leaves" in text
+    assert "watches 2" not in og.explain(state)
+
+
+def test_explain_and_check_name_the_leaves_of_each_partition():
+    momentum = optax.sgd(0.1, momentum=0.9)
+    strict = og.guard(momentum, max_consecutive_skips=1)
+    state = after(optax.partition({"a": og.guard(momentum), "b": strict}, LABELS), with_nan())
+    lines = og.explain(state, PARAMS).splitlines()
+    assert lines[0] == "Guard 1: No step was skipped in 1 steps."
+    assert lines[1].startswith("Guard 2: Step 1 was skipped: gradients were not finite")
+    assert lines[2] == "  non-finite: dense/kernel (norm nan)"
+    with pytest.raises(og.GuardGaveUp) as caught:
+        og.check(state, PARAMS)
+    assert caught.value.leaves == ("dense/kernel",)
+
+
 def test_explain_calls_a_single_array_params():
     state = after(og.guard(SGD), jnp.array([jnp.nan]), params=jnp.ones(1))
     assert "non-finite: params (norm nan)" in og.explain(state, jnp.ones(1))
@@ -457,3 +508,46 @@ def test_equinox_modules_are_named_by_their_fields():
     state = after(tx, gradients, params=params)
     text = og.explain(state, params)
     assert "non-finite: layers/0/weight (norm nan), layers/0/bias (norm nan)" in text
+
+
+def test_equinox_metrics_are_read_from_a_module_that_holds_model_and_state():
+    eqx = pytest.importorskip("equinox")
+    tx = og.stabilize(optax.adam(0.1))
+
+    class Training(eqx.Module):
+        model: eqx.nn.MLP
+        opt_state: Any
+
+    model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
+    training = Training(model, tx.init(eqx.filter(model, eqx.is_inexact_array)))
+
+    @eqx.filter_jit
+    def step(training, x):
+        loss = lambda model: jnp.mean(model(x) ** 2)  # noqa: E731
+        grads = eqx.filter_grad(loss)(training.model)
+        params = eqx.filter(training.model, eqx.is_inexact_array)
+        updates, opt_state = tx.update(grads, training.opt_state, params)
+        training = Training(eqx.apply_updates(training.model, updates), opt_state)
+        return training, og.metrics(training)
+
+    keys = {f"guard/{key}" for key in GUARD_KEYS | CLIP_KEYS}
+    assert set(og.metrics(training)) == keys
+    training, metrics = step(training, jnp.ones(2))
+    assert set(metrics) == set(og.metrics(training)) == keys
+    training, metrics = step(training, jnp.full(2, jnp.nan))
+    assert metrics["guard/skipped_total"] == 1 and not bool(og.step_ok(training))
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in registry.ROWS])
+def test_metrics_of_every_state_are_scalars_under_keys_that_never_change(row):
+    def both(tx):
+        def before_and_after(params, gradients):
+            state = tx.init(params)
+            return og.metrics(state), og.metrics(tx.update(gradients, state, params)[1])
+
+        return jax.eval_shape(before_and_after, registry.tree(), registry.gradients(0))
+
+    before, later = both(optax.chain(row.make(), row.make()))
+    assert before and before == later  # keys, shapes and dtypes
+    assert all(value.shape == () and not value.weak_type for value in before.values())
+    assert len(before) == 2 * len(both(row.make())[0])  # no name twice

@@ -1,32 +1,43 @@
-"""Finds the states of this library in whatever a training loop calls its optimizer state."""
+"""Finds states in what a training loop calls its optimizer state, and what hides leaves of them."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
+import optax
 
-State = TypeVar("State")
-_PACKAGE = __name__.partition(".")[0]
-
-
-def is_own_state(node: Any) -> bool:
-    """True for a NamedTuple that this library defines."""
-    module = type(node).__module__
-    is_own = module == _PACKAGE or module.startswith(_PACKAGE + ".")
-    return is_own and isinstance(node, tuple) and hasattr(node, "_fields")
+from optax_guard._states import is_own_state
+from optax_guard.guarding.guard import GuardState
 
 
-def own_states(tree: Any) -> list[Any]:
+class Found(NamedTuple):
+    """A state, and whether ``optax.masked`` or ``optax.partition`` hides leaves from it."""
+
+    state: Any
+    is_masked: bool
+
+
+def find_states(tree: Any, *, is_masked: bool = False) -> list[Found]:
     """All states of this library at any depth of any pytree, outer ones first."""
-    found = [tree] if is_own_state(tree) else []
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree and is_own_state(node))
-    for node in nodes:
-        if node is not tree and is_own_state(node):
-            found += own_states(node)
+
+    def is_inner(node):
+        return node is not tree and (is_own_state(node) or isinstance(node, optax.MaskedState))
+
+    found = [Found(tree, is_masked)] if is_own_state(tree) else []
+    is_masked = is_masked or isinstance(tree, optax.MaskedState)
+    for node in jax.tree.leaves(tree, is_leaf=is_inner):
+        if is_inner(node):
+            found += find_states(node, is_masked=is_masked)
     return found
 
 
-def states_of_type(tree: Any, state_type: type[State]) -> list[State]:
-    """Those of one type."""
-    return [state for state in own_states(tree) if isinstance(state, state_type)]
+def find_guards(opt_state: Any) -> list[Found]:
+    """The guards in ``opt_state``, or an error that says what to do."""
+    guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
+    if not guards:
+        raise ValueError(
+            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
+            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
+        )
+    return guards

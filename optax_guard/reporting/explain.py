@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard.guarding import guard as _guard
-from optax_guard.reporting._names import named_leaves
-from optax_guard.reporting.metrics import first_leaf, guard_states
+from optax_guard.reporting._names import (
+    LeafNames,
+    gradient_leaves,
+    guard_leaf_names,
+    named_leaves,
+)
+from optax_guard.reporting._states import Found, find_guards
+from optax_guard.reporting.metrics import first_leaf
 
 _REASONS = {
     _guard.GRADIENT: "gradients were not finite",
@@ -68,23 +75,22 @@ def check(opt_state: Any, params: Any = None) -> None:
           ...
       optax_guard.reporting.explain.GuardGaveUp: ...
     """
-    guards = guard_states(opt_state)
-    gave_up = [first_leaf(state.gave_up) for state in guards]
+    guards = find_guards(opt_state)
+    gave_up = [first_leaf(guard.state.gave_up) for guard in guards]
     if not bool(gave_up[0] if len(gave_up) == 1 else jnp.any(jnp.stack(gave_up))):
         return
-    state = next(guard for guard, flag in zip(guards, gave_up, strict=True) if bool(flag))
-    if params is not None and len(_names_in(params)) != _host(state.last_fault_leaves).size:
-        params = None  # of another structure: to raise matters more than the names
-    names = _names(params, state)
-    faulty = tuple(
-        name for name, bad in zip(names, _host(state.last_fault_leaves), strict=True) if bad
-    )
-    reason = int(_host(state.last_fault_reason))
+    guard = next(guard for guard, flag in zip(guards, gave_up, strict=True) if bool(flag))
+    try:
+        names = _names(guard, params)
+    except ValueError:  # of another structure: to raise matters more than the names
+        params, names = None, _names(guard, None)
+    state = jax.device_get(guard.state._replace(inner_state=()))
+    flags = _host(state.last_fault_leaves)
     raise GuardGaveUp(
-        f"The guard gave up. {_describe(state, params)}",
+        f"The guard gave up. {_describe(guard, params)}",
         step=int(_host(state.last_fault_step)),
-        reason=reason,
-        leaves=faulty,
+        reason=int(_host(state.last_fault_reason)),
+        leaves=tuple(name for name, bad in zip(names.names, flags, strict=True) if bad),
     )
 
 
@@ -113,55 +119,63 @@ def explain(opt_state: Any, params: Any = None) -> str:
         still finite: b (norm 2)
         Skipped so far: 1 of 1 steps, 1 in a row.
     """
-    return "\n".join(_describe(state, params) for state in guard_states(opt_state))
+    guards = find_guards(opt_state)
+    texts = [_describe(guard, params) for guard in guards]
+    if len(texts) > 1:
+        texts = [f"Guard {number}: {text}" for number, text in enumerate(texts, 1)]
+    return "\n".join(texts)
 
 
 def _host(value: Any) -> np.ndarray:
-    return np.asarray(first_leaf(value))
+    return np.asarray(jax.tree.leaves(value)[0])
 
 
-def _names(params: Any, state: _guard.GuardState) -> tuple[str, ...]:
-    count = _host(state.last_fault_leaves).size
-    if params is None:
-        return tuple(f"leaf {index}" for index in range(count))
-    names = _names_in(params)
-    if len(names) != count:
-        raise ValueError(
-            f"params has {len(names)} float leaves, but the guard watches {count}. Pass the "
-            "tree of parameters that the optimizer was initialised with; with Flax NNX, "
-            "nnx.state(model, nnx.Param)."
-        )
-    return names
+def _names(guard: Found, params: Any) -> LeafNames:
+    return guard_leaf_names(guard, None if params is None else gradient_leaves(params))
 
 
-def _names_in(params: Any) -> tuple[str, ...]:
-    return tuple(name for name, _ in named_leaves(_guard._gradient_like(params)))
-
-
-def _describe(state: _guard.GuardState, params: Any) -> str:
+def _describe(guard: Found, params: Any) -> str:
+    state = jax.device_get(guard.state._replace(inner_state=()))
     steps, skipped, in_a_row = (
         int(_host(value))
         for value in (state.guard_step, state.skipped_total, state.skipped_in_a_row)
     )
     if skipped == 0:
         return f"No step was skipped in {steps} steps."
-    names = _names(params, state)
-    flags, norms = _host(state.last_fault_leaves), _host(state.last_fault_norms)
+    names = _names(guard, params)
     reason = int(_host(state.last_fault_reason))
-    labelled = [f"{name} (norm {norm:.3g})" for name, norm in zip(names, norms, strict=True)]
     lines = [
         f"Step {int(_host(state.last_fault_step))} was skipped: "
         f"{reason_in_words(reason)} (reason {reason})."
     ]
-    if any(flags):
-        lines.append("  non-finite: " + _listing(labelled, flags))
-    if not all(flags):
-        lines.append("  still finite: " + _listing(labelled, ~flags))
+    lines += _layers(names.names, _host(state.last_fault_leaves), _host(state.last_fault_norms))
+    if params is not None and not names.are_known:
+        lines.append(
+            "  The guard sits inside optax.masked or optax.partition and watches "
+            f"{len(names.names)} of the leaves.\n"
+            "  The state of its optimizer does not tell which, so they are numbered."
+        )
     lines += _poisoned_parameters(params, reason)
     lines.append(f"  Skipped so far: {skipped} of {steps} steps, {in_a_row} in a row.")
     if bool(_host(state.gave_up)):
         lines.append("  The guard has given up: training cannot recover by itself.")
     return "\n".join(lines)
+
+
+def _layers(names: Sequence[str], flags: np.ndarray, norms: np.ndarray) -> list[str]:
+    """The faulty leaves, and those still finite next to them: between the two it came in."""
+    labels = [f"{name} (norm {norm:.3g})" for name, norm in zip(names, norms, strict=True)]
+    bad, good = np.flatnonzero(flags), np.flatnonzero(~flags)
+    lines = []
+    if bad.size:
+        lines.append("  non-finite: " + _listing(labels, bad))
+        distances = np.abs(good[:, None] - bad).min(axis=1)
+        good = good[np.argsort(distances, kind="stable")]
+    if good.size:
+        lines.append("  still finite: " + _listing(labels, good))
+    elif len(labels) > 1:
+        lines.append("  No leaf is still finite: it came with the batch, the loss or the weights.")
+    return lines
 
 
 def _poisoned_parameters(params: Any, reason: int) -> list[str]:
@@ -177,7 +191,8 @@ def _poisoned_parameters(params: Any, reason: int) -> list[str]:
     return [f"  non-finite before the step: {place}. Restore a checkpoint from before that."]
 
 
-def _listing(labels: list[str], chosen: np.ndarray) -> str:
-    picked = [label for label, is_chosen in zip(labels, chosen, strict=True) if is_chosen]
-    more = len(picked) - _MOST_LEAVES
-    return ", ".join(picked[:_MOST_LEAVES]) + (f" and {more} more" if more > 0 else "")
+def _listing(labels: Sequence[str], chosen: np.ndarray) -> str:
+    """The first few of the chosen labels, in the order of the leaves."""
+    shown = [labels[index] for index in sorted(chosen[:_MOST_LEAVES])]
+    more = len(chosen) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

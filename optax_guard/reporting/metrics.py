@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_guard._states import is_own_state, own_states
 from optax_guard.guarding.guard import GuardState
-from optax_guard.reporting._states import is_own_state, own_states, states_of_type
+from optax_guard.reporting._states import find_guards
 
 
 def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
@@ -80,13 +81,7 @@ def step_ok(opt_state: Any) -> jax.Array:
 
 def guard_states(opt_state: Any) -> list[GuardState]:
     """The guards in ``opt_state``, or an error that says what to do."""
-    guards = states_of_type(opt_state, GuardState)
-    if not guards:
-        raise ValueError(
-            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
-            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
-        )
-    return guards
+    return [found.state for found in find_guards(opt_state)]
 
 
 def first_leaf(value: Any) -> jax.Array:
