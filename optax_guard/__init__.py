@@ -16,6 +16,9 @@ from optax_guard.clipping.by_relative_change import (
 )
 from optax_guard.clipping.by_rms import ClipByRmsState, clip_by_rms
 from optax_guard.clipping.by_zscore import ClipByZscoreState, ZscoreHistory, clip_by_zscore
+from optax_guard.constraining.box import ClipParamsState, clip_params
+from optax_guard.constraining.l1 import AddL1State, add_l1
+from optax_guard.constraining.norm_ball import ClipParamsByNormState, clip_params_by_norm
 from optax_guard.guarding.conditions import Condition, SpikeState, norm_above, spike
 from optax_guard.guarding.guard import GuardState, guard, stabilize
 from optax_guard.guarding.microbatch import SkipMicrobatchState, skip_microbatch
@@ -25,13 +28,19 @@ from optax_guard.normalizing.by_ema_norm import (
     NormalizeByEmaNormState,
     normalize_by_ema_norm,
 )
+from optax_guard.recovering.backoff import BackoffState, backoff
+from optax_guard.recovering.rollback import RollbackState, rollback
+from optax_guard.reporting.diagnose import Diagnosis, DiagnosisRow, diagnose
 from optax_guard.reporting.explain import GuardGaveUp, check, explain
 from optax_guard.reporting.metrics import metrics, select, step_ok
+from optax_guard.scaling.dynamic import DynamicLossScaleState, dynamic_loss_scale, scale_loss
 from optax_guard.zeroing import ZeroNonfiniteState, zero_nonfinite
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddL1State",
+    "BackoffState",
     "ClipByEmaState",
     "ClipByMaxEmaState",
     "ClipByMedianState",
@@ -41,7 +50,12 @@ __all__ = [
     "ClipByRelativeChangeState",
     "ClipByRmsState",
     "ClipByZscoreState",
+    "ClipParamsByNormState",
+    "ClipParamsState",
     "Condition",
+    "DynamicLossScaleState",
+    "Diagnosis",
+    "DiagnosisRow",
     "EmaHistory",
     "EmaNormHistory",
     "GuardGaveUp",
@@ -50,10 +64,13 @@ __all__ = [
     "NormalizeAndScaleState",
     "NormalizeByEmaNormState",
     "PercentileHistory",
+    "RollbackState",
     "SkipMicrobatchState",
     "SpikeState",
     "ZeroNonfiniteState",
     "ZscoreHistory",
+    "add_l1",
+    "backoff",
     "check",
     "clip_by_ema",
     "clip_by_max_ema",
@@ -64,12 +81,18 @@ __all__ = [
     "clip_by_relative_change",
     "clip_by_rms",
     "clip_by_zscore",
+    "clip_params",
+    "clip_params_by_norm",
+    "dynamic_loss_scale",
+    "diagnose",
     "explain",
     "guard",
     "metrics",
     "norm_above",
     "normalize_and_scale",
     "normalize_by_ema_norm",
+    "rollback",
+    "scale_loss",
     "select",
     "skip_microbatch",
     "spike",

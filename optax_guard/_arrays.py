@@ -63,3 +63,18 @@ def times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
         return lax.complex(times(leaf.real, factor), times(leaf.imag, factor))
     wide = jnp.promote_types(leaf.dtype, factor.dtype)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
+
+
+def update_towards(target: jax.Array, start: jax.Array, dtype: Any) -> jax.Array:
+    """The update of ``dtype`` that takes ``start`` to ``target``, to one rounding.
+
+    A difference past the largest number of ``dtype`` (float16: 65504) is cut to it; of
+    non-finite arrays it is NaN or cut.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        part = jnp.finfo(dtype).dtype
+        real = update_towards(jnp.real(target), jnp.real(start), part)
+        return lax.complex(real, update_towards(jnp.imag(target), jnp.imag(start), part))
+    wide = jnp.promote_types(jnp.result_type(target, start), jnp.float32)
+    most = jnp.finfo(dtype).max.astype(wide)
+    return jnp.clip(target.astype(wide) - start.astype(wide), -most, most).astype(dtype)

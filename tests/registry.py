@@ -45,7 +45,8 @@ class Row:
       make: builds it; must accept ``axis_name=`` if ``takes_axis_name``.
       wrap: for a wrapper, ``make`` with the inner optimizer as an argument; None for chainables.
       on_bad: what a non-finite gradient leads to: "passes" (stays non-finite, the whole state
-        bitwise unchanged), "zeroes" (replaced), "skips" (updates -0.0, inner state unchanged).
+        bitwise unchanged), "zeroes" (replaced), "skips" (updates -0.0, inner state unchanged),
+        "reacts" (skips, and goes on differently after it).
       needs_params: whether ``update`` must be given params.
       takes_axis_name: false for element-wise rules, which need none.
       is_variant: another row goes the same way but for a detail; heavy tests take this one only
@@ -282,5 +283,81 @@ ROWS = [
         "stabilize",
         lambda inner, **kw: og.stabilize(inner, **kw),
         inject=Inject(lambda lr: og.stabilize(_momentum(lr)), {"lr": 0.1}),
+    ),
+    # Loss scaling and recovery
+    _wrapper(
+        "dynamic_loss_scale",
+        lambda inner, **kw: og.dynamic_loss_scale(inner, initial_scale=1.0, min_scale=0.25, **kw),
+        on_bad="reacts",
+        inject=Inject(lambda lr: og.dynamic_loss_scale(_momentum(lr)), {"lr": 0.1}),
+    ),
+    _wrapper(
+        "dynamic_loss_scale-guard",
+        lambda inner, **kw: og.dynamic_loss_scale(
+            og.guard(inner, **kw), initial_scale=1.0, min_scale=0.25, growth_interval=2, **kw
+        ),
+        on_bad="reacts",
+        is_variant=True,
+    ),
+    _wrapper(
+        "backoff",
+        lambda inner, **kw: og.backoff(og.guard(inner, **kw), recovery_steps=5),
+        on_bad="reacts",
+        inject=Inject(
+            lambda factor: og.backoff(og.guard(_momentum()), factor=factor, recovery_steps=5),
+            {"factor": 0.5},
+        ),
+    ),
+    _wrapper(
+        "rollback",
+        lambda inner, **kw: og.rollback(og.guard(inner, **kw), every=1, after_skips=2, **kw),
+        on_bad="reacts",
+        needs_params=True,
+        inject=Inject(lambda lr: og.rollback(og.guard(_momentum(lr))), {"lr": 0.1}),
+    ),
+    _wrapper(
+        "rollback-backoff",
+        lambda inner, **kw: og.rollback(
+            og.backoff(og.guard(inner, **kw)), every=1, after_skips=1, **kw
+        ),
+        on_bad="returns",
+        needs_params=True,
+        is_variant=True,
+    ),
+    # Constraints
+    Row(
+        "clip_params",
+        lambda: og.clip_params(-1.0, 0.5),
+        needs_params=True,
+        takes_axis_name=False,
+        inject=Inject(og.clip_params, {"min_value": -1.0, "max_value": 0.5}),
+    ),
+    Row(
+        "clip_params_by_norm",
+        lambda **kw: og.clip_params_by_norm(2.0, **kw),
+        needs_params=True,
+        inject=Inject(og.clip_params_by_norm, {"max_norm": 2.0}),
+    ),
+    Row(
+        "clip_params_by_norm-global",
+        lambda **kw: og.clip_params_by_norm(2.0, scope="global", **kw),
+        needs_params=True,
+        is_variant=True,
+    ),
+    Row(
+        "add_l1",
+        lambda: og.add_l1(0.1),
+        needs_params=True,
+        takes_axis_name=False,
+        inject=Inject(og.add_l1, {"strength": 0.1}),
+    ),
+    Row(
+        "add_l1-mask",
+        lambda: og.add_l1(
+            optax.linear_schedule(0.2, 0.1, 3), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+        ),
+        needs_params=True,
+        takes_axis_name=False,
+        is_variant=True,
     ),
 ]

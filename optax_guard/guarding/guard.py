@@ -14,6 +14,7 @@ from jax import lax
 from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_axis_name, check_count, check_flag, check_transformation
 from optax_guard._norms import AxisName, psum
+from optax_guard._states import factory_name, is_wrapper_state, own_states
 from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping.by_norm import clip_by_norm
 from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
@@ -124,6 +125,8 @@ def guard(
 
     Raises:
       ValueError: if ``max_consecutive_skips`` is not positive.
+        From ``init``, if ``inner`` holds a wrapper that must see bad steps and is to go outside:
+        :func:`dynamic_loss_scale`, :func:`backoff` or :func:`rollback`.
       TypeError: if an argument has the wrong type, or, from ``update``, if ``inner`` changes
         structure or shapes of its state.
 
@@ -147,10 +150,11 @@ def guard(
     check_flag("check_update", check_update)
     check_axis_name(axis_name)
     conditions = _check_conditions(skip_if)
-    inner_update = _tolerant_update(inner)
+    inner_update = tolerant_update(inner)
 
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
+        _check_nesting(inner_state)
         num_leaves = len(float_leaves(_gradient_like(params)).arrays)
 
         def zeros(dtype, *shape):  # a new buffer each time: none can be donated twice
@@ -284,7 +288,7 @@ def stabilize(
     if clip is None:
         clip = clip_by_norm(1.0, axis_name=guard_options.get("axis_name"))
     check_transformation("clip", clip)
-    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, _tolerant_update(optimizer))
+    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, tolerant_update(optimizer))
     return guard(optax.chain(clip, tolerant), **guard_options)
 
 
@@ -300,7 +304,19 @@ def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-def _tolerant_update(inner: optax.GradientTransformation) -> Any:
+def _check_nesting(inner_state: Any) -> None:
+    """A wrapper that acts on bad steps must not sit where it sees none."""
+    for state in own_states(inner_state):
+        if is_wrapper_state(state) and not isinstance(state, GuardState):
+            name = factory_name(type(state))
+            raise ValueError(
+                f"{name} inside of a guard would never see a bad step: the guard skips those, and "
+                f"all that is in it stays as it was. Write og.{name}(og.guard(optimizer)) instead "
+                f"of og.guard(og.{name}(optimizer))."
+            )
+
+
+def tolerant_update(inner: optax.GradientTransformation) -> Any:
     """``inner.update`` without the extra args that it does not take."""
     update = inner.update  # not that of with_extra_args_support: it drops those of MultiSteps
     kinds = inspect.signature(update).parameters.values()

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_guard._states import is_own_state, own_states
+from optax_guard._states import is_own_state, own_states, states_of_type
 from optax_guard.guarding.guard import GuardState
 from optax_guard.reporting._states import find_guards
+from optax_guard.scaling.dynamic import DynamicLossScaleState
 
 
 def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
@@ -57,16 +58,17 @@ def _as_scalar(value: Any) -> jax.Array | None:
 
 
 def step_ok(opt_state: Any) -> jax.Array:
-    """Tells whether every guard in ``opt_state`` accepted the last step.
+    """Tells whether the last step was accepted by every guard and overflowed no loss scale.
 
     Args:
-      opt_state: any pytree that holds at least one :class:`GuardState`.
+      opt_state: any pytree that holds at least one :class:`GuardState` or
+        :class:`DynamicLossScaleState`.
 
     Returns:
       bool scalar array; callable under ``jit``.
 
     Raises:
-      ValueError: if there is no guard in ``opt_state``.
+      ValueError: if there is neither in ``opt_state``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -75,7 +77,10 @@ def step_ok(opt_state: Any) -> jax.Array:
       >>> bool(og.step_ok(state))
       False
     """
-    skipped = [first_leaf(state.last_step_skipped) for state in guard_states(opt_state)]
+    scales = states_of_type(opt_state, DynamicLossScaleState)
+    skipped = [first_leaf(state.last_step_overflowed) for state in scales]
+    if not scales or states_of_type(opt_state, GuardState):
+        skipped += [first_leaf(state.last_step_skipped) for state in guard_states(opt_state)]
     return ~jnp.any(jnp.stack(skipped))
 
 

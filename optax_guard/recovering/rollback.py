@@ -1,0 +1,258 @@
+"""Going back to a snapshot when bad steps do not stop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._arrays import increment, update_towards
+from optax_guard._checks import check_axis_name, check_count, check_transformation
+from optax_guard._norms import AxisName, psum
+from optax_guard._states import optimizer_part, with_optimizer_part
+from optax_guard._trees import float_leaves, is_inexact, strong
+from optax_guard.guarding._finite import is_nonfinite, stack_flags
+from optax_guard.guarding.guard import tolerant_update
+from optax_guard.recovering._verdict import require_guard, verdict
+
+
+class RollbackState(NamedTuple):
+    """State of :func:`rollback`: that of the wrapped guard, a copy of the run, and 17 bytes.
+
+    Attributes:
+      inner_state: state of the wrapped guard.
+      snapshot_params: float leaves of the parameters to return to, in order.
+      snapshot_state: leaves of the optimizer's state that belongs to them.
+      healthy_since_snapshot: int32, accepted steps since then.
+      rollback_healthy_in_a_row: int32, accepted steps since the last skipped one.
+      rollback_bad_in_a_row: int32, skipped steps since the last accepted one or return.
+      rollbacks_total: int32, returns so far.
+      last_step_rolled_back: bool.
+    """
+
+    inner_state: Any
+    snapshot_params: tuple[jax.Array, ...]
+    snapshot_state: tuple[Any, ...]
+    healthy_since_snapshot: jax.Array
+    rollback_healthy_in_a_row: jax.Array
+    rollback_bad_in_a_row: jax.Array
+    rollbacks_total: jax.Array
+    last_step_rolled_back: jax.Array
+
+
+def rollback(
+    inner: optax.GradientTransformation,
+    *,
+    every: int = 100,
+    after_skips: int = 10,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns parameters and optimizer to a snapshot when too many steps in a row were skipped.
+
+    A guard inside ``inner`` decides what is skipped. With ``s`` the snapshot, ``p`` the
+    parameters::
+
+        init:                              s <- p and the state of the optimizer
+        every-th healthy step after that:  s <- the same, before the next accepted step
+        after_skips-th bad step in a row:  u <- s - p, and the state of the optimizer from s
+
+    so that ``optax.apply_updates`` lands on the snapshot, to one rounding of its addition. After a
+    return the count of bad steps starts again. Where parameters were so large that this rounding
+    swallowed the snapshot (1e20 + (1 - 1e20) is 0), the next step adds what is missing.
+
+    A snapshot is taken of parameters that the guard has just accepted a gradient of, never of
+    where an update has led that nobody has judged; parameters and state must be finite, and the
+    last ``min(every, after_skips)`` steps healthy. That does not prove it good: taken while a run
+    diverges slowly, with finite gradients, it leads back there.
+
+    What comes back: parameters, moments, schedule counts, PRNG keys and clip histories inside the
+    guard. What goes on: the counters and conditions of the guard, the shrinking of
+    :func:`backoff`, the scale of :func:`dynamic_loss_scale`. ``gave_up``, once set, stays,
+    hence ``after_skips`` should be less than ``max_consecutive_skips`` of the guard.
+
+    It rescues parameters that have become so large that no gradient is finite. It does not remove
+    the cause: a learning rate that is too high leads to the same place again. So let the
+    steps after a return be smaller::
+
+        og.rollback(og.backoff(og.guard(optimizer)))
+
+    A parameter that is already NaN or Inf stays so, since nothing added to it is finite: prevent
+    that with ``guard(..., check_update=True)``. What lives outside of the optimizer (BatchNorm
+    statistics, EMA weights) is not taken back.
+
+    Args:
+      inner: a guarded optimizer, such as ``guard(...)`` or ``backoff(guard(...))``.
+      every: static integer >= 1, healthy steps between snapshots.
+      after_skips: static integer >= 1.
+      axis_name: mesh axes over which parameters are sharded inside ``shard_map`` or ``pmap``, as
+        given to the guard.
+
+    Returns:
+      A transformation that passes extra args on to ``inner``, less those that it does not take.
+      Its ``update`` needs ``params``. Updates keep the dtype that ``inner`` gives them; a
+      float16 one cannot go further than 65504 at once, the next step adds the rest. Memory: one
+      more copy of the parameters and of the optimizer's state (for Adam three times the size of
+      the parameters). The snapshot is read and
+      written in branches that are taken when it is made or returned to.
+
+    Raises:
+      ValueError: if ``every`` or ``after_skips`` is not positive; from ``init``, if there is no
+        guard in ``inner``; from ``update``, if it is called without ``params``.
+      TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.rollback(og.guard(optax.sgd(1.0)), every=2, after_skips=2)
+      >>> params = jnp.array([10.0])
+      >>> state = tx.init(params)
+      >>> for gradient in [1.0, 1.0, 1.0, 1.0, jnp.nan, jnp.nan, 1.0]:
+      ...     updates, state = tx.update(jnp.array([gradient]), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params, end=" ")
+      [9.] [8.] [7.] [6.] [6.] [8.] [7.]
+
+    References:
+      By hand in many a training log, such as `PaLM's <https://arxiv.org/abs/2204.02311>`_
+      (section 5.1), which restarts 100 steps before a spike and skips the batches around it.
+    """
+    check_transformation("inner", inner)
+    check_count("every", every)
+    check_count("after_skips", after_skips)
+    check_axis_name(axis_name)
+    inner_update = tolerant_update(inner)
+    quiet_steps = min(every, after_skips)
+
+    def init(params):
+        inner_state = jax.tree.map(strong, inner.init(params))
+        require_guard(inner_state, "rollback")
+        # Copies: no buffer can be donated twice.
+        copies = jax.tree.map(jnp.copy, _snapshot_of(params, inner_state))
+        return RollbackState(
+            inner_state=inner_state,
+            snapshot_params=copies.params,
+            snapshot_state=copies.state,
+            healthy_since_snapshot=jnp.zeros((), jnp.int32),
+            rollback_healthy_in_a_row=jnp.zeros((), jnp.int32),
+            rollback_bad_in_a_row=jnp.zeros((), jnp.int32),
+            rollbacks_total=jnp.zeros((), jnp.int32),
+            last_step_rolled_back=jnp.zeros((), jnp.bool_),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "rollback takes snapshots of the parameters, but update() was called without "
+                "params. Call update(updates, state, params)."
+            )
+        updates, inner_state = inner_update(updates, state.inner_state, params, **extra_args)
+        is_skipped, is_healthy = verdict(state.inner_state, inner_state)
+        in_a_row = jnp.where(is_skipped, increment(state.rollback_bad_in_a_row), 0)
+        in_a_row = jnp.where(is_skipped | is_healthy, in_a_row, state.rollback_bad_in_a_row)
+        returns = in_a_row >= after_skips
+
+        since, healthy_in_a_row = state.healthy_since_snapshot, state.rollback_healthy_in_a_row
+        is_due = is_healthy & (since >= every) & (healthy_in_a_row >= quiet_steps)
+        snapshot, is_taken = _take_snapshot(state, params, is_due, axis_name)
+        new_updates = _lead_back(updates, params, state, returns)
+        inner_state = _restore(inner_state, state.snapshot_state, returns)
+
+        since = jnp.where(is_taken, 0, jnp.where(returns, 0, since))
+        total = state.rollbacks_total
+        return new_updates, RollbackState(
+            inner_state=inner_state,
+            snapshot_params=snapshot.params,
+            snapshot_state=snapshot.state,
+            healthy_since_snapshot=jnp.where(is_healthy, increment(since), since),
+            rollback_healthy_in_a_row=jnp.where(
+                is_healthy,
+                increment(healthy_in_a_row),
+                jnp.where(is_skipped, 0, healthy_in_a_row),
+            ),
+            rollback_bad_in_a_row=jnp.where(returns, 0, in_a_row),
+            rollbacks_total=jnp.where(returns, increment(total), total),
+            last_step_rolled_back=returns,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Snapshot(NamedTuple):
+    """Leaves only: with its structure, statistics in it would pass for those of the run."""
+
+    params: tuple[jax.Array, ...]
+    state: tuple[Any, ...]
+
+
+def _snapshot_of(params: Any, inner_state: Any) -> _Snapshot:
+    state = jax.tree.leaves(optimizer_part(inner_state))
+    return _Snapshot(float_leaves(params).arrays, tuple(state))
+
+
+def _take_snapshot(
+    state: RollbackState, params: Any, is_due: jax.Array, axis_name: AxisName
+) -> tuple[_Snapshot, jax.Array]:
+    """The snapshot that follows, and whether it is a new one."""
+    old = _Snapshot(state.snapshot_params, state.snapshot_state)
+    new = _snapshot_of(params, state.inner_state)
+
+    def count_bad(new, old):
+        # A best loss of +inf, say, was there from the beginning.
+        pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        pairs = [(leaf, before) for leaf, before in pairs if is_inexact(leaf)]
+        flags = [is_nonfinite(leaf) & ~is_nonfinite(before) for leaf, before in pairs]
+        return jnp.sum(stack_flags(flags), dtype=jnp.int32)
+
+    def count_none(new, old):
+        return count_bad(*_without_elements((new, old)))
+
+    num_bad = lax.cond(is_due, count_bad, count_none, new, old)
+    is_taken = is_due & (psum(num_bad, axis_name) == 0)
+    return _choose(is_taken, new, old), is_taken
+
+
+def _without_elements(tree: Any) -> Any:
+    """The same leaves without their elements; they vary over the same mesh axes."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:0], tree)
+
+
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    """A branch instead of a select, which would read both."""
+    return lax.cond(condition, lambda new, old: new, lambda new, old: old, new, old)
+
+
+def _restore(inner_state: Any, saved: tuple[Any, ...], returns: jax.Array) -> Any:
+    part = optimizer_part(inner_state)
+    leaves = tuple(jax.tree.leaves(part))
+    restored = jax.tree.unflatten(jax.tree.structure(part), _choose(returns, saved, leaves))
+    return with_optimizer_part(inner_state, restored)
+
+
+def _lead_back(updates: Any, params: Any, state: RollbackState, returns: jax.Array) -> Any:
+    """The updates towards the snapshot if ``returns``, what these missed in the step after."""
+    split = float_leaves(updates)
+    kept = float_leaves(params)
+    pairs = kept.replace(list(zip(kept.arrays, state.snapshot_params, strict=True)))
+    places = split.treedef.flatten_up_to(pairs)
+    pairs = [pair for pair, leaf in zip(places, split.every_leaf, strict=True) if is_inexact(leaf)]
+
+    def change(leaves, pairs):
+        return tuple(
+            _change(leaf, *pair, returns) for leaf, pair in zip(leaves, pairs, strict=True)
+        )
+
+    is_away = returns | state.last_step_rolled_back
+    return split.replace(lax.cond(is_away, change, lambda leaves, _: leaves, split.arrays, pairs))
+
+
+def _change(
+    update: jax.Array, param: jax.Array, target: jax.Array, returns: jax.Array
+) -> jax.Array:
+    gap = update_towards(target, param, update.dtype)
+    # An update of zero leaves -0.0 and a parameter that cannot be mended as they are.
+    is_open = (param != target) & jnp.isfinite(param)
+    nothing = jnp.full_like(update, -0.0)
+    led_back = jnp.where(is_open, gap, nothing)
+    return jnp.where(returns, led_back, jnp.where(is_open, update + gap, update))

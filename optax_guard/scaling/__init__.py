@@ -1,0 +1,1 @@
+"""Loss scaling for float16."""
