@@ -191,7 +191,7 @@ def _poisoned_parameters(params: Any, reason: int) -> list[str]:
     return [f"  non-finite before the step: {place}. Restore a checkpoint from before that."]
 
 
-def _listing(labels: Sequence[str], chosen: np.ndarray) -> str:
+def _listing(labels: list[str], chosen: np.ndarray) -> str:
     """The first few of the chosen labels, in the order of the leaves."""
     shown = [labels[index] for index in sorted(chosen[:_MOST_LEAVES])]
     more = len(chosen) - len(shown)
