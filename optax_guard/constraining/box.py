@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_guard._arrays import increment, tree_where, update_towards
+from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_number
 from optax_guard._norms import measure
 from optax_guard._scopes import make_groups
 from optax_guard._trees import float_leaves
+from optax_guard.constraining._inside import update_into
 
 
 class ClipParamsState(NamedTuple):
@@ -54,9 +55,10 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
     Returns:
       A transformation of updates of any float dtype, each returned in its own; of complex ones
       real and imaginary parts are clipped apart. Its ``update`` needs ``params``. Sums are
-      float32 (float64 for float64 leaves). An update narrower than its parameter rounds in its
-      own dtype, and a float16 one cannot move further than 65504 at once. Cost: two reads of the
-      updates and one of the parameters; 8 bytes of state.
+      float32 (float64 for float64 leaves). Updates are rounded inwards, so that coarse ones end
+      inside, too; a float16 one cannot move further than 65504 at once. Cost: two reads of the
+      updates and one of the parameters; 8 bytes of state. Inside ``shard_map`` no ``axis_name`` is
+      needed; the counts are then those of each device.
 
     Raises:
       ValueError: if a bound is NaN or no scalar, or ``min_value > max_value``; from ``update``,
@@ -132,4 +134,4 @@ def _hold(update: jax.Array, param: jax.Array, min_value: Any, max_value: Any) -
     moved = param.astype(wide) + update.astype(wide)
     is_outside = ((moved < low) | (moved > high)) & jnp.isfinite(update) & jnp.isfinite(param)
     target = jnp.clip(jnp.where(is_outside, moved, low), low, high)
-    return jnp.where(is_outside, update_towards(target, param, update.dtype), update)
+    return jnp.where(is_outside, update_into(target, low, high, param, update.dtype), update)

@@ -58,7 +58,8 @@ def add_l1(
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own and
       computed in float32 at least. Its ``update`` needs ``params``. Cost: one read of the
-      parameters and, unless a guard shares it, one of the updates; 4 bytes of state.
+      parameters and, unless a guard shares it, one of the updates; 4 bytes of state. Inside
+      ``shard_map`` no ``axis_name`` is needed; the count is then that of each device.
 
     Raises:
       ValueError: if ``strength`` is negative, not finite or no scalar; from ``update``, if it is

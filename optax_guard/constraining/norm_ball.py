@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from optax_guard._arrays import update_towards
 from optax_guard._checks import check_axis_name, check_number, check_scope
 from optax_guard._norms import AxisName
 from optax_guard._scopes import Scope
 from optax_guard._trees import float_leaves
 from optax_guard.clipping._core import Rule, limit_norms, no_history, value_at
+from optax_guard.constraining._inside import update_into
 
 
 class ClipParamsByNormState(NamedTuple):
@@ -64,9 +65,9 @@ def clip_params_by_norm(
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. Its
-      ``update`` needs ``params``. Sums and norms are float32 (float64 for float64 leaves). An
-      update narrower than its parameter rounds in its own dtype, and a float16 one cannot move
-      further than 65504 at once. Cost: two reads of updates and parameters; 12 bytes of state.
+      ``update`` needs ``params``. Sums and norms are float32 (float64 for float64 leaves). Updates
+      are rounded inwards, so that coarse ones end inside, too; a float16 one cannot move further
+      than 65504 at once. Cost: two reads of updates and parameters; 12 bytes of state.
 
     Raises:
       ValueError: if ``max_norm`` is negative, NaN or no scalar, or ``scope`` is unknown; from
@@ -126,11 +127,21 @@ def clip_params_by_norm(
 
 
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    """Where the update leads, in float32 at least; a finite sum past its range is cut to it."""
     wide = jnp.promote_types(jnp.result_type(param, update), jnp.float32)
-    return param.astype(wide) + update.astype(wide)
+    param, update = param.astype(wide), update.astype(wide)
+    if jnp.iscomplexobj(param):
+        return lax.complex(_sum(param.real, update.real), _sum(param.imag, update.imag))
+    most = jnp.finfo(wide).max
+    is_finite = jnp.isfinite(param) & jnp.isfinite(update)
+    return jnp.where(is_finite, jnp.clip(param + update, -most, most), param + update)
 
 
 def _hold(update: jax.Array, param: jax.Array, moved: jax.Array, projected: jax.Array) -> jax.Array:
     """The update that leads to ``projected`` where that differs from where it leads now."""
+    if jnp.iscomplexobj(update):
+        real = _hold(update.real, jnp.real(param), moved.real, projected.real)
+        return lax.complex(real, _hold(update.imag, jnp.imag(param), moved.imag, projected.imag))
     is_held = (projected != moved) & jnp.isfinite(moved)
-    return jnp.where(is_held, update_towards(projected, param, update.dtype), update)
+    most = jnp.abs(projected)
+    return jnp.where(is_held, update_into(projected, -most, most, param, update.dtype), update)

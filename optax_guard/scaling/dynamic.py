@@ -92,7 +92,8 @@ def dynamic_loss_scale(
     Args:
       inner: the optimizer, guarded if you like.
       initial_scale: scalar in [min_scale, max_scale].
-      growth_interval: static integer >= 1.
+      growth_interval: static integer >= 1; ``static_args=("growth_interval",)`` for
+        ``optax.inject_hyperparams``.
       factor: scalar in (1, inf). Powers of two keep every bit of the gradients.
       min_scale: scalar in (0, 2**126].
       max_scale: scalar in [min_scale, 2**126].
