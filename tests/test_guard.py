@@ -623,3 +623,12 @@ def test_norms_in_the_state_are_right_though_the_clip_does_not_need_them(scope, 
     # 1e-6: a float32 sum of at most twelve squares and its root
     np.testing.assert_allclose(state.grad_norm, scale * 48**0.5, rtol=1e-6)
     np.testing.assert_allclose(state.leaf_norms, [scale * 12**0.5, scale * 6.0], rtol=1e-6)
+
+
+def test_guard_inside_a_guard_keeps_every_bit_of_its_state_on_a_skip():
+    tx = og.guard(og.guard(optax.chain(og.clip_by_norm(1.0), optax.sgd(0.1, momentum=0.9))))
+    params = {"w": jnp.ones(3)}
+    step = jax.jit(tx.update)
+    _, state = step({"w": jnp.ones(3)}, tx.init(params), params)
+    _, new_state = step({"w": jnp.array([1.0, jnp.nan, jnp.inf])}, state, params)
+    assertions.assert_same_bits(new_state.inner_state, state.inner_state)

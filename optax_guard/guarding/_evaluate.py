@@ -202,7 +202,8 @@ def _select_where_produced(
     inputs = set(_input_variables(proposal.jaxpr))
     old_values = {}
     for index, atom in zip(proposal.old_state, outputs, strict=True):
-        is_produced = isinstance(atom, core.Var) and atom not in inputs
+        # What is known already is not produced below: a guard inside keeps the norm as its state.
+        is_produced = isinstance(atom, core.Var) and atom not in inputs and atom not in known
         if is_produced and getattr(atom.aval, "dtype", None) == arguments[index].dtype:
             old_values.setdefault(atom, arguments[index])
     leaves = _evaluate(
@@ -308,6 +309,8 @@ def _evaluate(
     select: Callable[[Any, Any], Any],
 ) -> list[Any]:
     """Evaluates a jaxpr, passing each value named in ``old_values`` through ``select``."""
+    # A guard inside keeps the norms that were measured ahead: they are new state, too.
+    known = {v: select(x, old_values[v]) if v in old_values else x for v, x in known.items()}
     values = _inputs(jaxpr, arguments) | known
     for equation in jaxpr.eqns:
         if all(var in known for var in equation.outvars) and equation.outvars:
