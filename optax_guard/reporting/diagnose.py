@@ -21,6 +21,7 @@ from optax_guard.reporting._tables import plain_table, short
 
 _SEVERITY = ("ok", "vanishing", "dead", "exploding", "nonfinite")
 _MOST_ROWS = 40
+_USUAL_BIAS = 10.0  # the gradient of a slope that a whole PReLU layer shares reaches 5 in health
 
 
 class DiagnosisRow(NamedTuple):
@@ -102,10 +103,11 @@ def diagnose(
         exploding   g > exploding_ratio * max(p, usual)
         vanishing   g < vanishing_ratio * p
 
-    ``usual`` is the median of ``p`` over the weights (arrays of rank 2 and more), and 1 for
-    biases, gains and slopes: what starts at or near zero may well have a longer gradient. Where
-    ``p`` is zero, ``usual`` stands for it. A bias before a normalisation has a gradient of rounding
-    errors only; it is no longer called vanishing when a weight of the same layer is healthy.
+    ``usual`` is the median of ``p`` over the weights (arrays of rank 2 and more), or 10 for the
+    biases, gains and slopes beside them: what starts at or near zero may well have a longer
+    gradient. Where ``p`` is zero that median (1 for want of weights) stands for it. A bias before a
+    normalisation has a gradient of rounding errors only, and so is not called vanishing beside a
+    weight of its layer that is not.
 
     **At initialisation**, on the first gradients, this tells whether signals survive the way
     through the layers. The largest ``g / p`` of a weight over 100 seeds, batches of 32 digits:
@@ -125,7 +127,8 @@ def diagnose(
       params: the parameters; with Flax NNX ``nnx.state(model, nnx.Param)``.
       exploding_ratio: in (0, inf].
       vanishing_ratio: in [0, exploding_ratio).
-      dead_fraction: in (0, 1]. From a state, in which zeros are not counted, a norm of 0 is dead.
+      dead_fraction: in (0, 1]. A state does not count zeros, and a norm below about 1e-19 beside
+        larger ones is 0 in it: there a norm of 0 is dead.
 
     Returns:
       A :class:`Diagnosis`. Norms are right from 1e-37 to 3e38, and those of a state as
@@ -281,7 +284,7 @@ def _unscaled(norms_and_scaled: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 def _judge(readings: Sequence[_Reading], limits: _Limits) -> Diagnosis:
     total = math.hypot(*(reading.norm for reading in readings if math.isfinite(reading.norm)))
     weights = [r.param_rms for r in readings if len(r.shape) > 1 and r.param_rms > 0]
-    usual = statistics.median(weights) if weights else 1.0
+    median = statistics.median(weights) if weights else None
     rows = [
         DiagnosisRow(
             path=reading.path,
@@ -290,7 +293,7 @@ def _judge(readings: Sequence[_Reading], limits: _Limits) -> Diagnosis:
             rms=reading.rms,
             share=(reading.norm / total) ** 2 if total else 0.0 * reading.norm,
             ratio=_ratio(reading),
-            verdict=_verdict(reading, usual if len(reading.shape) > 1 else 1.0, limits),
+            verdict=_verdict(reading, median, limits),
         )
         for reading in readings
     ]
@@ -305,7 +308,7 @@ def _ratio(reading: _Reading) -> float:
     return reading.norm / reading.param_norm
 
 
-def _verdict(reading: _Reading, usual: float, limits: _Limits) -> str:
+def _verdict(reading: _Reading, median: float | None, limits: _Limits) -> str:
     if not math.isfinite(reading.norm):
         return "nonfinite"
     zeros = float(reading.norm == 0) if reading.zeros is None else reading.zeros
@@ -313,10 +316,12 @@ def _verdict(reading: _Reading, usual: float, limits: _Limits) -> str:
         return "ok"
     if zeros >= limits.dead_fraction:
         return "dead"
-    if reading.rms > limits.exploding_ratio * max(reading.param_rms, usual):
+    own = reading.param_rms or median or 1.0
+    is_weight = median is None or len(reading.shape) > 1
+    usual = (median or 0.0) if is_weight else _USUAL_BIAS
+    if reading.rms > limits.exploding_ratio * max(own, usual):
         return "exploding"
-    is_small = reading.rms < limits.vanishing_ratio * (reading.param_rms or usual)
-    return "vanishing" if is_small else "ok"
+    return "vanishing" if reading.rms < limits.vanishing_ratio * own else "ok"
 
 
 def _is_cancelled(row: DiagnosisRow, rows: Sequence[DiagnosisRow]) -> bool:
@@ -330,13 +335,15 @@ def _is_cancelled(row: DiagnosisRow, rows: Sequence[DiagnosisRow]) -> bool:
     return any(
         other.path.rpartition("/")[0] == layer
         and len(other.shape) > len(row.shape)
-        and other.verdict == "ok"
+        and other.verdict in ("ok", "exploding")
         and row.rms > 1e-10 * other.rms
         for other in rows
     )
 
 
-def _badness(row: DiagnosisRow) -> tuple[Any, ...]:
+def _badness(row: DiagnosisRow) -> tuple[float, float]:
     """Sorts the worst rows first, and among equals those of large or, if vanishing, small ratio."""
-    ratio = row.ratio if math.isfinite(row.ratio) else 0.0
-    return (-_SEVERITY.index(row.verdict), ratio if row.verdict == "vanishing" else -ratio)
+    is_known = math.isfinite(row.ratio)
+    if row.verdict == "vanishing":
+        return -_SEVERITY.index(row.verdict), row.ratio if is_known else math.inf
+    return -_SEVERITY.index(row.verdict), -row.ratio if is_known else 0.0
