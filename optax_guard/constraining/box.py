@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_number
@@ -116,7 +117,7 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
 
 
 def _check_order(min_value: Any, max_value: Any) -> None:
-    if isinstance(min_value, jax.core.Tracer) or isinstance(max_value, jax.core.Tracer):
+    if isinstance(min_value, Tracer) or isinstance(max_value, Tracer):
         return
     if float(min_value) > float(max_value):
         raise ValueError(

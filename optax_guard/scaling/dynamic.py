@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from optax_guard._arrays import increment, times
 from optax_guard._checks import (
@@ -214,7 +215,7 @@ def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
 
 def _check_bounds(min_scale: Any, initial_scale: Any, max_scale: Any) -> None:
     scales = (min_scale, initial_scale, max_scale)
-    if any(isinstance(scale, jax.core.Tracer) for scale in scales):
+    if any(isinstance(scale, Tracer) for scale in scales):
         return
     if not float(min_scale) <= float(initial_scale) <= float(max_scale):
         raise ValueError(
