@@ -32,6 +32,7 @@ from optax_guard.recovering.backoff import BackoffState, backoff
 from optax_guard.recovering.rollback import RollbackState, rollback
 from optax_guard.reporting.diagnose import Diagnosis, DiagnosisRow, diagnose
 from optax_guard.reporting.explain import GuardGaveUp, check, explain
+from optax_guard.reporting.history import History
 from optax_guard.reporting.metrics import metrics, select, step_ok
 from optax_guard.scaling.dynamic import DynamicLossScaleState, dynamic_loss_scale, scale_loss
 from optax_guard.zeroing import ZeroNonfiniteState, zero_nonfinite
@@ -60,6 +61,7 @@ __all__ = [
     "EmaNormHistory",
     "GuardGaveUp",
     "GuardState",
+    "History",
     "MedianHistory",
     "NormalizeAndScaleState",
     "NormalizeByEmaNormState",
