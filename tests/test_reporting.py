@@ -133,6 +133,14 @@ def test_guards_are_found_inside_the_wrappers_of_optax(wrapper):
     assert og.explain(state) == "No step was skipped in 1 steps."
 
 
+def test_a_bare_scalar_as_inner_state_is_no_metric():
+    counter = optax.GradientTransformation(
+        lambda params: jnp.zeros((), jnp.int32),
+        lambda updates, state, params=None: (updates, state),
+    )
+    assert set(og.metrics(og.guard(counter).init(PARAMS))) == {f"guard/{key}" for key in GUARD_KEYS}
+
+
 # step_ok and select
 
 
@@ -237,6 +245,47 @@ def test_explain_names_parameters_that_were_bad_before():
         "  non-finite before the step: scale. Restore a checkpoint from before that."
     )
     assert lines[-1] == "  The guard has given up: training cannot recover by itself."
+
+
+def test_explain_gives_the_norm_of_finite_gradients_that_a_condition_rejected():
+    huge = jax.tree.map(lambda leaf: leaf * 2e30, GRADIENTS)
+    lines = og.explain(after(og.guard(SGD, skip_if=og.norm_above(1.0)), huge), PARAMS).splitlines()
+    assert lines[2] == "  norm of all gradients: 3e+30"  # 1e30 * sqrt(9)
+
+
+def test_explain_tells_of_overflows_under_a_loss_scale():
+    tx = og.dynamic_loss_scale(og.backoff(og.guard(SGD)), initial_scale=64.0)
+    overflow = "Gradients overflowed in 2 steps, 1 in a row; the loss scale is 16."
+    text = og.explain(after(tx, with_nan(), GRADIENTS, with_nan()), PARAMS)
+    assert text.splitlines()[-1] == overflow
+    assert "overflow" not in og.explain(after(tx, GRADIENTS), PARAMS)
+    alone = og.dynamic_loss_scale(SGD, initial_scale=64.0)
+    assert og.explain(after(alone, with_nan(), GRADIENTS, with_nan())) == overflow
+    assert og.explain(after(alone)) == "No gradient overflowed; the loss scale is 64."
+
+
+def test_explain_counts_the_returns_to_a_snapshot():
+    tx = og.rollback(og.guard(SGD), after_skips=2)
+    text = og.explain(after(tx, *[with_nan()] * 4), PARAMS)
+    assert text.splitlines()[-1] == "Returns to a snapshot so far: 2."
+    assert "snapshot" not in og.explain(after(tx, with_nan()), PARAMS)
+
+
+def test_explain_of_an_ensemble_is_an_error_with_a_remedy():
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), after(og.guard(SGD), with_nan()))
+    with pytest.raises(
+        ValueError, match=r"og\.explain reads the state of one model.*Pick a member"
+    ):
+        og.explain(states, PARAMS)
+
+
+@pytest.mark.parametrize("function", [og.explain, og.check])
+def test_inside_jit_the_error_names_the_remedy(function):
+    state = after(og.guard(SGD))
+    with pytest.raises(
+        TypeError, match=r"runs on the host.*og\.metrics and og\.step_ok work inside"
+    ):
+        jax.jit(function)(state, PARAMS)
 
 
 def test_explain_lists_no_more_than_eight_leaves():
@@ -358,6 +407,20 @@ def test_check_finds_the_guard_that_gave_up():
     states = (after(healthy, GRADIENTS), after(broken, with_nan()))
     with pytest.raises(og.GuardGaveUp, match="dense/kernel"):
         og.check(states, PARAMS)
+
+
+def test_check_finds_the_member_of_an_ensemble_that_gave_up():
+    tx = og.guard(SGD, max_consecutive_skips=1)
+    members = [after(tx, GRADIENTS), after(tx, GRADIENTS, with_nan()), after(tx, with_nan())]
+
+    def stacked(*states):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    og.check(stacked(members[0], members[0]), PARAMS)
+    with pytest.raises(
+        og.GuardGaveUp, match=r"Member 1 of the ensemble \(2 of 3 gave up\): Step 2"
+    ):
+        og.check(stacked(*members), PARAMS)
 
 
 def test_check_raises_even_if_the_parameters_do_not_fit():

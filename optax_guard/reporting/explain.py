@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._states import states_of_type
 from optax_guard.guarding import guard as _guard
+from optax_guard.guarding.guard import GuardState
+from optax_guard.recovering.rollback import RollbackState
 from optax_guard.reporting._names import (
     LeafNames,
     gradient_leaves,
     guard_leaf_names,
     named_leaves,
 )
-from optax_guard.reporting._states import Found, find_guards
+from optax_guard.reporting._states import (
+    Found,
+    find_guards,
+    find_states,
+    refuse_batched,
+    refuse_tracers,
+)
 from optax_guard.reporting.metrics import first_leaf
+from optax_guard.scaling.dynamic import DynamicLossScaleState
 
 _REASONS = {
     _guard.GRADIENT: "gradients were not finite",
@@ -60,8 +71,10 @@ def check(opt_state: Any, params: Any = None) -> None:
       params: the parameters, for the names of the leaves in the message.
 
     Raises:
-      GuardGaveUp: with step, reason and faulty leaves, if ``gave_up`` is set in any guard.
+      GuardGaveUp: with step, reason and faulty leaves, if ``gave_up`` is set in any guard, or in
+        any member of an ensemble (a state with a batch axis from ``jax.vmap``).
       ValueError: if there is no guard in ``opt_state``.
+      TypeError: if called inside ``jit``.
 
     Cost: waits for the step that made ``opt_state``, and fetches one bool when all is well.
 
@@ -75,11 +88,14 @@ def check(opt_state: Any, params: Any = None) -> None:
           ...
       optax_guard.reporting.explain.GuardGaveUp: ...
     """
+    refuse_tracers("check", opt_state)
     guards = find_guards(opt_state)
     gave_up = [first_leaf(guard.state.gave_up) for guard in guards]
+    gave_up = [jnp.any(flags) if flags.ndim else flags for flags in gave_up]
     if not bool(gave_up[0] if len(gave_up) == 1 else jnp.any(jnp.stack(gave_up))):
         return
     guard = next(guard for guard, flag in zip(guards, gave_up, strict=True) if bool(flag))
+    guard, member = _member_that_gave_up(guard)
     try:
         names = _names(guard, params)
     except ValueError:  # of another structure: to raise matters more than the names
@@ -87,7 +103,7 @@ def check(opt_state: Any, params: Any = None) -> None:
     state = jax.device_get(guard.state._replace(inner_state=()))
     flags = _host(state.last_fault_leaves)
     raise GuardGaveUp(
-        f"The guard gave up. {_describe(guard, params)}",
+        f"The guard gave up. {member}{_describe(guard, params)}",
         step=int(_host(state.last_fault_step)),
         reason=int(_host(state.last_fault_reason)),
         leaves=tuple(name for name, bad in zip(names.names, flags, strict=True) if bad),
@@ -97,15 +113,26 @@ def check(opt_state: Any, params: Any = None) -> None:
 def explain(opt_state: Any, params: Any = None) -> str:
     """Describes the last skipped step: when, why, and which layers.
 
+    Of the layers that were still finite those next to the faulty ones come first: between the
+    two is where the fault came in.
+
     Args:
-      opt_state: any pytree that holds at least one :class:`GuardState`.
-      params: the parameters (or a tree of their structure), for the names of the leaves.
+      opt_state: any pytree that holds at least one :class:`GuardState` or
+        :class:`DynamicLossScaleState`.
+      params: the parameters (or a tree of their structure), for the names of the leaves. For a
+        guard inside ``optax.masked`` or ``optax.partition`` all of them: which ones it watches
+        is read off the moments of its optimizer.
 
     Returns:
-      A few lines of text for every guard in ``opt_state``.
+      A few lines of text for every guard in ``opt_state``, one for each loss scale that has seen
+      an overflow, and one for each :func:`rollback` that has gone back.
 
     Raises:
-      ValueError: if there is no guard in ``opt_state``, or ``params`` does not match it.
+      ValueError: if there is neither in ``opt_state``, ``params`` does not match it, or the state
+        has a batch axis from ``jax.vmap``.
+      TypeError: if called inside ``jit``.
+
+    Cost: waits for the step that made ``opt_state``, and fetches a few numbers for each leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -119,11 +146,49 @@ def explain(opt_state: Any, params: Any = None) -> str:
         still finite: b (norm 2)
         Skipped so far: 1 of 1 steps, 1 in a row.
     """
-    guards = find_guards(opt_state)
-    texts = [_describe(guard, params) for guard in guards]
+    refuse_tracers("explain", opt_state)
+    scales = states_of_type(opt_state, DynamicLossScaleState)
+    returns = states_of_type(opt_state, RollbackState)
+    guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
+    texts = [
+        _describe(guard, params) for guard in guards or ([] if scales else find_guards(opt_state))
+    ]
     if len(texts) > 1:
         texts = [f"Guard {number}: {text}" for number, text in enumerate(texts, 1)]
-    return "\n".join(texts)
+    return "\n".join([*texts, *_overflows(scales, bool(texts)), *_returns(returns)])
+
+
+def _overflows(scales: Sequence[DynamicLossScaleState], has_guard: bool) -> list[str]:
+    """One line for each loss scale; none for one that nothing happened to, beside a guard."""
+    lines = []
+    for state in scales:
+        total, in_a_row = (
+            _host(count) for count in (state.overflows_total, state.overflows_in_a_row)
+        )
+        refuse_batched("explain", total)
+        scale = f"the loss scale is {_host(state.loss_scale):g}"
+        if total:
+            lines.append(f"Gradients overflowed in {total} steps, {in_a_row} in a row; {scale}.")
+        elif not has_guard:
+            lines.append(f"No gradient overflowed; {scale}.")
+    return lines
+
+
+def _returns(states: Sequence[RollbackState]) -> list[str]:
+    totals = [int(_host(state.rollbacks_total)) for state in states]
+    return [f"Returns to a snapshot so far: {total}." for total in totals if total]
+
+
+def _member_that_gave_up(guard: Found) -> tuple[Found, str]:
+    """Of an ensemble the first member that gave up, and a word on it; else the guard itself."""
+    flags = _host(guard.state.gave_up)
+    if not flags.ndim:
+        return guard, ""
+    member = np.unravel_index(np.argmax(flags), flags.shape)
+    state = jax.tree.map(lambda leaf: leaf[member], guard.state)
+    place = member[0] if flags.ndim == 1 else tuple(map(int, member))
+    text = f"Member {place} of the ensemble ({flags.sum()} of {flags.size} gave up): "
+    return guard._replace(state=state), text
 
 
 def _host(value: Any) -> np.ndarray:
@@ -136,6 +201,7 @@ def _names(guard: Found, params: Any) -> LeafNames:
 
 def _describe(guard: Found, params: Any) -> str:
     state = jax.device_get(guard.state._replace(inner_state=()))
+    refuse_batched("explain", _host(state.guard_step))
     steps, skipped, in_a_row = (
         int(_host(value))
         for value in (state.guard_step, state.skipped_total, state.skipped_in_a_row)
@@ -175,6 +241,8 @@ def _layers(names: Sequence[str], flags: np.ndarray, norms: np.ndarray) -> list[
         lines.append("  still finite: " + _listing(labels, good))
     elif len(labels) > 1:
         lines.append("  No leaf is still finite: it came with the batch, the loss or the weights.")
+    if not bad.size:
+        lines.append(f"  norm of all gradients: {math.hypot(*norms):.3g}")
     return lines
 
 

@@ -43,7 +43,7 @@ def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
         place = prefix if seen[kind] == 1 else f"{prefix}{seen[kind]}/"
         for field, value in zip(state._fields, state, strict=True):
             scalar = _as_scalar(value)
-            if scalar is not None:
+            if scalar is not None and field != "inner_state":
                 result[place + field] = scalar
     return result
 
