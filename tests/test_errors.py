@@ -20,6 +20,8 @@ NONNEGATIVE = "a real scalar in [0, inf]"
 FINITE = "a real scalar in [0, inf)"
 SCHEDULE = " or a schedule (a callable of the step count)"
 DECAY = "a real scalar in [0, 1)"
+SCALE = "a real scalar in (0, 8.50706e+37]"
+ANY = "a real scalar in [-inf, inf]"
 SCOPE = '"global", "leaf", "unit" or a callable (path, leaf) -> axes | None'
 STATIC = " known when the transformation is built, got a JAX array. Under optax.inject_hyperparams"
 
@@ -217,6 +219,62 @@ CASES = {
         *transformation_cases("clip", lambda value: og.stabilize(SGD, clip=value))[::2],
         Case(lambda: og.stabilize(SGD, patience=3), TypeError, "...'patience'..."),
     ],
+    "dynamic_loss_scale": [
+        *transformation_cases("inner", og.dynamic_loss_scale),
+        *number_cases(
+            "initial_scale", lambda value: og.dynamic_loss_scale(SGD, initial_scale=value), SCALE
+        ),
+        *count_cases(
+            "growth_interval", lambda value: og.dynamic_loss_scale(SGD, growth_interval=value)
+        ),
+        *number_cases(
+            "factor",
+            lambda value: og.dynamic_loss_scale(SGD, factor=value),
+            "a real scalar in (1, inf)",
+            too_low=1.0,
+        ),
+        *number_cases(
+            "min_scale",
+            lambda value: og.dynamic_loss_scale(SGD, min_scale=value),
+            SCALE,
+            too_low=0.0,
+        ),
+        *number_cases(
+            "max_scale", lambda value: og.dynamic_loss_scale(SGD, max_scale=value), SCALE
+        ),
+        Case(
+            lambda: og.dynamic_loss_scale(SGD, max_scale=math.inf),
+            ValueError,
+            f"max_scale must be {SCALE}, got inf.",
+        ),
+        *axis_name_cases(lambda value: og.dynamic_loss_scale(SGD, axis_name=value)),
+    ],
+    "clip_params": [
+        *number_cases("min_value", lambda value: og.clip_params(value, 3.0), ANY, too_low=None)[
+            1:8
+        ],
+        *number_cases("max_value", lambda value: og.clip_params(-3.0, value), ANY, too_low=None)[
+            1:8
+        ],
+        Case(
+            lambda: og.clip_params(2.0, -1),
+            ValueError,
+            "min_value must not be above max_value, got 2.0 and -1.",
+        ),
+    ],
+    "clip_params_by_norm": [
+        *number_cases("max_norm", og.clip_params_by_norm, NONNEGATIVE),
+        *scope_cases(lambda value: og.clip_params_by_norm(1.0, scope=value)),
+        *axis_name_cases(lambda value: og.clip_params_by_norm(1.0, axis_name=value)),
+    ],
+    "add_l1": [
+        *number_cases("strength", og.add_l1, FINITE + SCHEDULE),
+        Case(
+            lambda: og.add_l1(math.inf),
+            ValueError,
+            f"strength must be {FINITE}{SCHEDULE}, got inf.",
+        ),
+    ],
 }
 EVERY_CASE = [
     pytest.param(case, id=f"{factory}-{number}")
@@ -261,8 +319,11 @@ def test_alpha_that_is_an_unknown_word_is_an_error():
         og.normalize_and_scale,
         lambda value: og.guard(SGD, skip_if=og.norm_above(value)),
         lambda value: og.guard(SGD, skip_if=og.spike(value)),
+        lambda value: og.dynamic_loss_scale(SGD, initial_scale=value),
+        lambda value: og.clip_params(1.0, value),
+        og.clip_params_by_norm,
+        og.add_l1,
     ],
-    ids=["clip_by_norm", "clip_by_rms", "clip_by_zscore", "normalize", "norm_above", "spike"],
 )
 def test_traced_values_are_not_checked_but_traced_shapes_are(build):
     jax.eval_shape(lambda value: build(value).init(jnp.ones(2)), -1.0)
@@ -281,6 +342,11 @@ def test_traced_values_are_not_checked_but_traced_shapes_are(build):
         lambda: og.clip_by_norm(1.0, axis_name=("data", "model")),
         lambda: og.guard(SGD, max_consecutive_skips=None, skip_if=[og.norm_above(1)]),
         lambda: og.spike(0, window=1, min_history=1, rebaseline_after=1, min_std_ratio=0),
+        lambda: og.dynamic_loss_scale(SGD, initial_scale=2.0, min_scale=2.0, max_scale=2.0),
+        lambda: og.clip_params(-math.inf, np.int32(3)),
+        lambda: og.clip_params(2, 2.0),
+        lambda: og.clip_params_by_norm(0),
+        lambda: og.add_l1(0),
     ],
 )
 def test_ends_of_the_ranges_are_allowed(build):
