@@ -18,7 +18,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import _harness, _hlo, _report, _setups, collectives, end_to_end, step_cost
+from benchmarks import (
+    _harness,
+    _hlo,
+    _report,
+    _setups,
+    collectives,
+    end_to_end,
+    history_cost,
+    step_cost,
+)
 
 
 def run_quickly(script: Any, folder: Any, *more: str) -> tuple[list[dict[str, Any]], Any]:
@@ -47,6 +56,19 @@ def test_timing_script_returns_a_row_for_each_pipeline(script, tmp_path, capsys)
             assert row["ratio"] == 1
     table = capsys.readouterr().out
     assert all(table.count(f" {row['variant']} ") >= 1 for row in rows)
+    assert picture.stat().st_size > 1000
+
+
+def test_history_script_compares_loops_that_record_with_one_that_does_not(tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    rows, _ = run_quickly(history_cost, tmp_path, "--plot", str(picture))
+    assert rows[0]["variant"] == "no record" and rows[0]["ratio"] == 1
+    assert sum(row["is_ours"] for row in rows) == 3
+    spent = {row["variant"]: row["record_seconds"] for row in rows}
+    assert all(seconds >= 0 for seconds in spent.values())
+    assert spent["og.History, file, every step"] > spent["no record"]
+    table = capsys.readouterr().out
+    assert all(table.count(f"| {name} ") == 1 for name in spent)
     assert picture.stat().st_size > 1000
 
 
