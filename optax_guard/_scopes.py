@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -97,9 +98,14 @@ def _kept(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
-def _unit_axes(path: str, leaf: Any) -> tuple[int, ...] | None:
-    """Axes that ``optax.adaptive_grad_clip`` reduces for each output unit."""
-    if sum(size != 1 for size in leaf.shape) <= 1:
+def _unit_axes(path: str, leaf: Any, is_sharded: bool) -> tuple[int, ...] | None:
+    """Axes that ``optax.adaptive_grad_clip`` reduces for each output unit.
+
+    It takes an array with one axis longer than 1 as a whole. A shard may have that shape though
+    the array has not, so of shards only the rank counts, which comes to the same for arrays whose
+    last axis has length 1.
+    """
+    if leaf.ndim <= 1 or (not is_sharded and sum(size != 1 for size in leaf.shape) <= 1):
         return None
     if leaf.ndim > 5:
         raise ValueError(
@@ -124,14 +130,18 @@ def _checked_axes(path: str, leaf: Any, axes: Any) -> tuple[int, ...]:
     return tuple(normal)
 
 
-def make_groups(scope: Scope, paths: Sequence[str], leaves: Sequence[Any]) -> Groups:
-    """Resolves ``scope`` for these leaves."""
+def make_groups(
+    scope: Scope, paths: Sequence[str], leaves: Sequence[Any], *, is_sharded: bool = False
+) -> Groups:
+    """Resolves ``scope`` for these leaves, which may be shards along the axes to reduce."""
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     dtype = np.result_type(np.float32, *map(norm_dtype, leaves))
     if isinstance(scope, str) and scope in ("global", "leaf"):
         axes = tuple(tuple(range(len(shape))) for shape in shapes)
         return Groups(scope, axes, shapes, dtype)
-    choose = _unit_axes if isinstance(scope, str) else scope
+    choose = functools.partial(_unit_axes, is_sharded=is_sharded)
+    if not isinstance(scope, str):
+        choose = scope
     axes = tuple(
         _checked_axes(path, leaf, choose(path, leaf))
         for path, leaf in zip(paths, leaves, strict=True)

@@ -6,7 +6,8 @@ A cell is one optimizer in one context under one fault. It passes if the run wit
 bit for bit, with the parameters and the optimizer state with which the same compiled function
 ends that saw only the healthy steps. ``--quick`` takes every optimizer alone and a few of them in
 every context; ``--peer`` adds the same cells for ``optax.apply_if_finite`` with the same patience
-of 100 bad steps. About TIME. Expected: every cell of the guard passes.
+of 100 bad steps. A quarter of an hour on one core. Expected: every cell of
+the guard passes (39276 of them with Optax 0.2.8), and 29133 of the same of ``apply_if_finite``.
 """
 
 from __future__ import annotations

@@ -122,9 +122,7 @@ def own_leaves(state: Any) -> list[Any]:
     """Leaves of the library's own states, those of a wrapped optimizer left out."""
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         pairs = zip(state._fields, state, strict=True)
-        return [
-            leaf for field, part in pairs if field not in NOT_OWN for leaf in own_leaves(part)
-        ]
+        return [leaf for field, part in pairs if field not in NOT_OWN for leaf in own_leaves(part)]
     if isinstance(state, tuple):
         return [leaf for part in state for leaf in own_leaves(part)]
     return jax.tree.leaves(state)
@@ -863,3 +861,17 @@ def test_state_survives_orbax(row, tmp_path):
     assert assertions.signature(restored) == assertions.signature(states[4])
     expected = compiled.step(STEPS[3], states[4], PARAMS, VALUES[3])
     assertions.assert_same_bits(compiled.step(STEPS[3], restored, PARAMS, VALUES[3]), expected)
+
+
+@pytest.mark.parametrize("make", [og.clip_by_norm, og.clip_by_param_norm])
+def test_units_are_those_of_the_whole_array_when_each_device_holds_one_row(make):
+    kernel = jnp.arange(24.0).reshape(8, 3)
+    params, spec = {"kernel": kernel + 1}, {"kernel": P("data")}
+    expected, expected_state = make(0.5, scope="unit").update(
+        {"kernel": kernel}, make(0.5, scope="unit").init(params), params
+    )
+    tx = make(0.5, scope="unit", axis_name="data")
+    step = jax.shard_map(tx.update, mesh=mesh(), in_specs=(spec, P(), spec), out_specs=(spec, P()))
+    updates, state = jax.jit(step)({"kernel": kernel}, tx.init(params), params)
+    assertions.assert_close(updates, expected, rtol=ROUNDING, atol=ROUNDING)
+    assertions.assert_close(state, expected_state, rtol=ROUNDING, atol=ROUNDING)

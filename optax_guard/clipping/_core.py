@@ -99,7 +99,7 @@ def limit_norms(
 
     def init(params):
         split = float_leaves(params)
-        groups = make_groups(scope, split.paths, split.arrays)
+        groups = make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
         histories = tuple(rule.init(block) for block in groups.blocks)
         return state_type(
             jnp.zeros((), jnp.int32),
@@ -112,7 +112,7 @@ def limit_norms(
         del extra_args
         step, cut_total, _, history = state
         split = float_leaves(updates)
-        groups = make_groups(scope, split.paths, split.arrays)
+        groups = make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
         contexts = _contexts(rule, groups, split, params, step, axis_name, name)
         measured = measure(
             split.arrays,

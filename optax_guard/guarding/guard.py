@@ -183,11 +183,11 @@ def guard(
         grad_norm, leaf_norms, leaf_finite, known = measure_gradients(proposal, axis_name)
         value = _shared_value(extra_args.get("value"), axis_name)
         bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
+        is_finite = jnp.all(leaf_finite) & ~bad_value
         bad_proposal, bad_updates = jnp.asarray(False), None
         if check_update:
-            bad_proposal, bad_updates = _judge_proposal(proposal, state, axis_name)
+            bad_proposal, bad_updates = _judge_proposal(proposal, state, is_finite, axis_name)
 
-        is_finite = jnp.all(leaf_finite) & ~bad_value
         rejected, condition_states = _judge_conditions(
             conditions, is_finite, bad_proposal, grad_norm, value, state.condition_states
         )
@@ -378,14 +378,25 @@ def _false_like(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array
 
 
 def _judge_proposal(
-    proposal: Proposal, state: GuardState, axis_name: AxisName
+    proposal: Proposal, state: GuardState, is_finite: jax.Array, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
     """Whether the proposed updates or state are non-finite, and which leaves of the updates."""
-    updates, new_state = evaluate(proposal)
-    bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
-    like = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
-    bad_state = any_nonfinite(like, state.initially_nonfinite, new_state)
-    flags = _any_device(jnp.append(bad_updates, jnp.any(bad_updates) | bad_state), axis_name)
+
+    def judge(arguments, is_exempt):
+        updates, new_state = evaluate(proposal._replace(arguments=arguments))
+        bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
+        like = inexact_leaves([arguments[i] for i in proposal.gradients])
+        bad_state = any_nonfinite(like, is_exempt, new_state)
+        return jnp.append(bad_updates, jnp.any(bad_updates) | bad_state)
+
+    operands = (proposal.arguments, state.initially_nonfinite)
+    if axis_name is None:
+        # In a branch of its own XLA does not share what the real evaluation will compute again;
+        # it would write all of it to memory for that, and take twice the time.
+        nothing = jax.eval_shape(judge, *operands)
+        flags = lax.cond(is_finite, judge, lambda *_: jnp.zeros_like(nothing), *operands)
+    else:  # ``inner`` may hold collectives, which must not sit under a branch
+        flags = _any_device(judge(*operands), axis_name)
     return flags[-1], flags[:-1]
 
 
