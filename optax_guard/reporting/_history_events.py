@@ -122,4 +122,5 @@ def leaf_norms(events: Events) -> tuple[np.ndarray, np.ndarray]:
     ]
     found = [(step, norms) for step, norms in found if len(norms) == len(found[-1][1])]
     steps = np.array([step for step, _ in found], dtype=np.int64)
-    return steps, np.array([norms for _, norms in found], dtype=float).reshape(len(found), -1)
+    norms = np.array([norms for _, norms in found], dtype=float)
+    return steps, norms if found else np.zeros((0, 0))

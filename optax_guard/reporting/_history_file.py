@@ -100,7 +100,8 @@ def read(path: Path) -> Contents:
         try:
             record = decode(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines) and (records or line.startswith(_FIRST_BYTES)):
+            is_begun = line.startswith(_FIRST_BYTES) and not line.endswith(b"\n")
+            if number == len(lines) and (records or is_begun):
                 return Contents(records, names, good_bytes, is_torn=True, ends_line=True)
             raise ValueError(
                 f"{path} is no history, or a damaged one: line {number} is not a record "

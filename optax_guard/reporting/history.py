@@ -138,6 +138,7 @@ class History:
             names += [name for name, _ in layout.metrics] + [LEAF_NORMS] * len(layout.norms)
             positions = [position for _, position in layout.metrics] + list(layout.norms)
             values += [leaves[position] for position in positions]
+            refuse_tracers("History.append", values)
             self._log.leaf_names = layout.leaf_names or self._log.leaf_names
         self._log.add(Pending(names, values, known), self._every)
 
@@ -145,7 +146,6 @@ class History:
         leaves, treedef = jax.tree.flatten(opt_state)
         layout = self._layouts.get(treedef)
         if layout is None:
-            refuse_tracers("History.append", opt_state)
             layout = self._layouts[treedef] = find_layout(opt_state, self._leaves)
         return leaves, layout
 
@@ -318,8 +318,9 @@ def _check_step(step: Any) -> None:
 
 def _as_sinks(sinks: Any) -> tuple[Sink, ...]:
     """Each sink as a function ``(record, step)``; a single one need not be in a list."""
-    is_single = callable(sinks) or hasattr(sinks, "add_scalar")
-    return (_as_sink(sinks),) if is_single else tuple(_as_sink(sink) for sink in sinks)
+    if callable(sinks) or hasattr(sinks, "add_scalar"):
+        sinks = (sinks,)
+    return tuple(_as_sink(sink) for sink in sinks)
 
 
 def _as_sink(sink: Any) -> Sink:
