@@ -16,6 +16,7 @@ import optax_guard as og
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # as `python examples/...` has it
 
 import _demo
+import history_digits
 import linen_train_state
 import mlp_digits
 import rnn_temporal_order
@@ -93,6 +94,27 @@ def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
     assert_is_small_png(path)
 
 
+def test_history_digits_records_every_fault_where_it_happened(tmp_path, capsys):
+    record, picture = tmp_path / "run.jsonl", tmp_path / "run.png"
+    results = history_digits.main(["--quick", "--record", str(record), "--out", str(picture)])
+    assert results.accuracy > 90 and results.figure == picture
+    assert_is_small_png(picture)
+    history = og.History.load(record)
+    assert len(history) == history_digits.NUM_STEPS_QUICK
+    steps = range(len(history))
+    is_bad = [history_digits.is_nan_batch(s) or history_digits.is_overflow(s) for s in steps]
+    np.testing.assert_array_equal(history.series("guard/last_step_skipped"), is_bad)
+    norms = np.array([row["leaf_norms"] for row in history.records])
+    bad_leaves = ~np.isfinite(norms[330])
+    assert [name for name, bad in zip(history.leaf_names, bad_leaves, strict=True) if bad] == [
+        "hidden2/kernel"
+    ]
+    spiked = [history_digits.has_random_labels(step) for step in steps]
+    assert history.series("guard/norm_clip_last_scale")[spiked].max() < 0.01
+    printed = capsys.readouterr().out
+    assert results.explanation in printed and "16 of 340 steps" in printed
+
+
 def test_temporal_order_sequences_are_those_of_the_paper():
     symbols, labels = rnn_temporal_order.sample(jax.random.key(0), 2000, 30)
     assert symbols.shape == (2000, 30) and symbols.dtype == labels.dtype == np.int32
@@ -127,7 +149,9 @@ def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed
 
 
-@pytest.mark.parametrize("script", [mlp_digits, rnn_temporal_order, linen_train_state])
+@pytest.mark.parametrize(
+    "script", [mlp_digits, rnn_temporal_order, linen_train_state, history_digits]
+)
 def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.main(["--help"])
