@@ -84,7 +84,8 @@ def dynamic_loss_scale(
     which change no scale. A gradient that is non-finite at ``min_scale`` is no matter of scale:
     it is handed on to the guard, which skips it, names the layer and gives up in time.
     ``guard(dynamic_loss_scale(...))`` would hide overflows from the scale, which then
-    never fell; ``init`` of that guard raises.
+    never fell; ``init`` of that guard raises. Put it outside of ``optax.MultiSteps``, too, which
+    would add the overflow to its mean: ``dynamic_loss_scale(optax.MultiSteps(guard(...), 4))``.
 
     float16 gradients reach ``inner`` as float32, and so do float16 parameters, its state
     being float32 for them: Adam's second moment of a gradient of 1e-4 is zero in float16. All
@@ -104,7 +105,8 @@ def dynamic_loss_scale(
       A transformation that passes extra args on to ``inner``, less those that it does not take.
       Updates have the dtype of the gradients, leaf by leaf (with float16 gradients of float32
       parameters cast the gradients first, or small updates vanish). Cost: one read of the
-      gradients, which a guard or clip inside shares, and writing them down unscaled.
+      gradients, which a guard or clip inside shares, and writing them down unscaled (for AdamW in
+      float32 on XLA:CPU about a fifth more bytes a step).
 
     Raises:
       ValueError: if a number is out of range, or ``initial_scale`` is not between the bounds.
