@@ -358,6 +358,12 @@ def test_only_the_outermost_of_nested_guards_is_read():
     np.testing.assert_allclose(diagnosis.rows[1].rms, 0.5, rtol=1e-6)
 
 
+def test_a_nested_guard_that_never_saw_a_step_is_no_error():
+    gradients = GRADIENTS | {"scale": jnp.array(jnp.inf)}
+    diagnosis = og.diagnose(state_after(og.guard(og.guard(SGD)), gradients), PARAMS)
+    assert verdicts(diagnosis)["scale"] == "nonfinite"
+
+
 def test_of_guards_in_a_row_the_first_is_read():
     tx = optax.chain(og.guard(SGD), og.guard(SGD))
     diagnosis = og.diagnose(state_after(tx, GRADIENTS), PARAMS)
