@@ -169,10 +169,12 @@ def rollback(
         def forward(updates, state):
             return inner_update(updates, state.inner_state, params, **extra_args)
 
-        def go_on(updates, inner_state, state):
+        def go_on(step, state):
+            updates, inner_state = step
             return _add_missing(updates, params, state), inner_state, state.snapshot_state
 
-        def go_back(updates, inner_state, state):
+        def go_back(step, state):
+            updates, inner_state = step
             saved = _like(optimizer_part(inner_state), state.snapshot_state)
             back = with_optimizer_part(inner_state, saved)
             return _return(updates, params, state), back, state.snapshot_state
@@ -182,15 +184,15 @@ def rollback(
         if axis_name is None:
             new_updates, inner_state, snapshot_state = lax.cond(
                 returns,
-                lambda updates, state: go_back(*forward(updates, state), state),
-                lambda updates, state: go_on(*forward(updates, state), state),
+                lambda updates, state: go_back(forward(updates, state), state),
+                lambda updates, state: go_on(forward(updates, state), state),
                 updates,
                 state,
             )
         else:  # no collective may sit in a branch
             step = forward(updates, state)
             new_updates, inner_state, snapshot_state = _select(
-                returns, go_back(*step, state), go_on(*step, state)
+                returns, go_back(step, state), go_on(step, state)
             )
 
         since = jnp.where(is_taken, 0, jnp.where(returns, 0, since))
