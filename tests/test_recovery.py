@@ -481,12 +481,14 @@ def test_derivatives_through_a_return_are_finite_and_end_at_the_snapshot():
     tx = og.rollback(og.backoff(og.guard(optax.adam(0.1))), every=1, after_skips=1)
 
     def last(start, rate):
-        p, state = start, tx.init(start)
-        for faulty in (False, False, True, False):
+        def body(carry, faulty):
+            p, state = carry
             gradient = jnp.where(faulty, jnp.nan, rate * p)
             updates, state = tx.update(gradient, state, p)
-            p = optax.apply_updates(p, updates)
-        return jnp.sum(p)
+            return (optax.apply_updates(p, updates), state), None
+
+        faults = jnp.array([False, False, True, False])
+        return jnp.sum(lax.scan(body, (start, tx.init(start)), faults)[0][0])
 
     start = jnp.array([1.0, -2.0])
     slopes = jax.jit(jax.grad(last, argnums=(0, 1)))(start, jnp.float32(0.5))
