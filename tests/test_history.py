@@ -618,6 +618,19 @@ def test_events_between_records_and_in_the_first_record_are_noticed():
     assert events.clipped.tolist() == [True, False, True, False]
 
 
+def test_limit_is_not_told_from_a_step_that_was_skipped():
+    tx = og.stabilize(optax.sgd(0.1), skip_if=og.norm_above(100.0))
+    state, history = tx.init(PARAMS), og.History(every=2)
+    for step, size in enumerate((0.1, 2.0, 1000.0)):  # the factor is that of step 1
+        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), PARAMS)
+        _, state = tx.update(gradients, state, PARAMS)
+        history.append(step, state)
+    events = events_of(history)
+    assert events.skipped.tolist() == events.clipped.tolist() == [False, True]
+    assert events.norm[1] == pytest.approx(1000 * 6**0.5, rel=1e-6)
+    assert np.isnan(events.after_clip).all()
+
+
 def test_counters_that_start_again_are_no_events():
     history = og.History()
     found = states(math.nan, math.nan, 0.1)
