@@ -122,6 +122,8 @@ def _pack(arrays: Sequence[Any]) -> jax.Array:
 
 def _on_one_device(arrays: Sequence[Any]) -> list[Any]:
     """The copy on one local device of what is replicated over several."""
+    if jax.device_count() == 1:
+        return list(arrays)
     local = [_local_copy(array) for array in arrays]
     devices = {array.device for array in local if isinstance(array, jax.Array)}
     if len(devices) > 1:
@@ -147,17 +149,17 @@ def split_scalars(scalars: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
     """
     known: Record = {}
     arrays = {}
-    refuse_tracers("History.append", scalars)
+    refuse_tracers("History.append", list(scalars.values()))
     for name, value in scalars.items():
         if name in (STEP, LEAF_NORMS):
             raise ValueError(f"{name!r} is a name that og.History uses itself; take another one.")
-        if np.ndim(value):
+        if isinstance(value, jax.Array) and value.ndim == 0 and _is_real(value.dtype):
+            arrays[name] = value
+        elif np.ndim(value):
             raise ValueError(
                 f"{name} must be a scalar, got an array of shape {np.shape(value)}. Record its "
                 "mean, or its elements under names of their own."
             )
-        if isinstance(value, jax.Array) and _is_real(value.dtype):
-            arrays[name] = value
         elif isinstance(value, (np.ndarray, np.generic)) and _is_real(value.dtype):
             known[name] = _to_python(value)
         elif isinstance(value, bool):
@@ -173,7 +175,7 @@ def split_scalars(scalars: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
 
 def _is_real(dtype: Any) -> bool:
     real = (jnp.floating, jnp.integer, jnp.bool_)
-    return any(jnp.issubdtype(dtype, kind) for kind in real)
+    return dtype.kind in "fiub" or any(jnp.issubdtype(dtype, kind) for kind in real)
 
 
 def _to_python(value: Any) -> bool | int | float:
