@@ -97,6 +97,8 @@ def make_methods(learning_rate: float) -> dict[str, optax.GradientTransformation
         "normalize_and_scale": og.normalize_and_scale(1.0),
         "clip_by_zscore": og.clip_by_zscore(2.5),
         "clip_by_zscore_capped": og.clip_by_zscore(2.5, max_norm=1.0),
+        "clip_by_median": og.clip_by_median(3.0),
+        "normalize_and_scale_auto": og.normalize_and_scale("auto"),
     }
     sgd = optax.sgd(learning_rate)
     return {name: og.guard(optax.chain(clip, sgd)) for name, clip in clips.items()}
@@ -199,6 +201,8 @@ LINES = {
     "normalize_and_scale": {"color": _demo.PURPLE},
     "clip_by_zscore": {"color": _demo.ORANGE},
     "clip_by_zscore_capped": {"color": _demo.GREEN, "linestyle": (0, (4, 2))},
+    "clip_by_median": {"color": _demo.SKY},
+    "normalize_and_scale_auto": {"color": _demo.GREY},
 }
 
 
@@ -222,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = list(make_methods(0.1))
     add = parser.add_argument
     add("--quick", action="store_true", help="2 seeds, 600 updates, length 10, two methods")
-    add("--methods", nargs="+", choices=names, help="default all")
+    add("--methods", nargs="+", choices=names, help="default: the first five")
     add("--seeds", type=int, help="default 16")
     add("--length", type=int, help="symbols in a sequence, at least 10; default 30")
     add("--updates", type=int, help="a multiple of 100; default 6000")
@@ -230,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     figure = Path(__file__).parent / "figures" / "rnn_temporal_order.png"
     add("--out", type=Path, default=figure, help="PNG file to write")
     args = parser.parse_args(argv)
-    args.methods = args.methods or (names[:2] if args.quick else names)
+    args.methods = args.methods or (names[: 2 if args.quick else 5])
     args.seeds = args.seeds or (2 if args.quick else 16)
     args.length = args.length or (10 if args.quick else 30)
     args.updates = args.updates or (600 if args.quick else 6000)

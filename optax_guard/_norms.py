@@ -179,7 +179,7 @@ def _combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
 def _roots(sums: _Sums, groups: Groups) -> Measurement:
     """All norms from sums that may be out of range at one or two of the scales."""
     roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
-    norms, scaled, finite = zip(*roots, strict=True) if roots else ((), (), ())
+    norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
     leaf_norms, _, leaf_finite = _root(*map(groups.leaf_vector, sums))
     norm = norms[0] if groups.kind == "global" else _combine(leaf_norms, leaf_finite)
     return Measurement(norms, scaled, finite, norm, leaf_norms.astype(jnp.float32), leaf_finite)

@@ -23,6 +23,7 @@ from benchmarks import (
     _hlo,
     _report,
     _setups,
+    alpha,
     collectives,
     end_to_end,
     history_cost,
@@ -199,3 +200,14 @@ def test_table_is_aligned_markdown():
 def test_bytes_of_state_are_those_of_the_arrays():
     params = {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
     assert _setups.num_bytes(jax.eval_shape(optax.adam(0.1).init, params)) == 2 * 64 + 4
+
+
+def test_alpha_compares_rules_on_all_conditions(tmp_path, capsys):
+    rows, _ = run_quickly(alpha, tmp_path)
+    assert [row["rule"] for row in rows] == ["none", "alpha=1.0", 'alpha="auto"']
+    for row in rows:
+        assert all(0 <= row[f"{name}, worst"] <= row[name] <= 100 for name in alpha.CONDITIONS)
+    # Only normalised steps do not feel the size of the loss.
+    assert rows[1]["healthy"] == rows[1]["loss x 64"] > 50
+    assert rows[0]["healthy"] > 50 > rows[0]["loss x 64"]
+    assert capsys.readouterr().out.count("auto") == 1
