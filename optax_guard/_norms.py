@@ -377,7 +377,7 @@ def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> 
         # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
         # would make all loops different, and the compiler compiles equal ones once.
         pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
-        one = jnp.ones_like(pairs[0])
+        one = jnp.ones((2,), pairs.dtype)  # the tree may be empty
         spread = lax.cond(_any(scaling.active), list, lambda pairs: [one] * len(leaves), pairs)
         firsts, seconds = ([pair[place] for pair in spread] for place in (0, 1))
     else:
