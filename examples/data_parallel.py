@@ -33,6 +33,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing import connection
@@ -46,7 +47,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlp_digits import MLP
 from rich import box
 from rich.console import Console
@@ -110,7 +111,7 @@ def part_of_process(batch: Sequence[np.ndarray], has_fault: bool) -> list[np.nda
 
 
 def make_train_step(graphdef: Any, tx: optax.GradientTransformationExtraArgs) -> Any:
-    """Nothing here knows of processes: the mean over a sharded batch makes ``jit`` sum over them."""
+    """Knows nothing of processes: for the mean over a sharded batch ``jit`` sums over them."""
 
     @jax.jit
     def train_step(state, images, labels):
@@ -127,7 +128,7 @@ def make_train_step(graphdef: Any, tx: optax.GradientTransformationExtraArgs) ->
 
 def train(args: argparse.Namespace, tell: Any) -> Outcome:
     """Trains in this process, together with all others; ``tell`` takes the steps done."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = Mesh(jax.devices(), ("data",))  # of all processes
     replicated = NamedSharding(mesh, PartitionSpec())
     sharded = NamedSharding(mesh, PartitionSpec("data"))
     is_last = jax.process_index() == jax.process_count() - 1
@@ -143,13 +144,11 @@ def train(args: argparse.Namespace, tell: Any) -> Outcome:
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     folder = checkpoints_of(args).absolute()
     train_step = make_train_step(graphdef, tx)
-    with (
-        ocp.CheckpointManager(folder, options=options) as manager,
-        og.History(args.run_dir / "history.jsonl", params=state.params) as history,
-    ):
-        resumed_from = manager.latest_step() if args.resume else None
-        if resumed_from is not None:
-            state = manager.restore(resumed_from, args=ocp.args.StandardRestore(state))
+    manager = ocp.CheckpointManager(folder, options=options)
+    resumed_from = manager.latest_step() if args.resume else None
+    if resumed_from is not None:
+        state = manager.restore(resumed_from, args=ocp.args.StandardRestore(state))
+    with og.History(args.run_dir / "history.jsonl", params=state.params) as history:
         for step in range(resumed_from or 0, args.steps):
             if step == args.kill_step and is_last:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -162,6 +161,7 @@ def train(args: argparse.Namespace, tell: Any) -> Outcome:
                 manager.save(step + 1, args=ocp.args.StandardSave(state))  # goes on behind
             tell(step + 1)
         history.plot(args.out)
+    manager.close()  # not after an error: it waits for all processes
     return judge(state, graphdef, data, resumed_from)
 
 
@@ -186,7 +186,7 @@ def digest(tree: Any) -> str:
 
 
 def work(args: argparse.Namespace, process: int, address: str, channel: connection.Connection):
-    """The whole life of a process. What it prints goes to a file: several at once are unreadable."""
+    """The whole life of a process. What it prints goes to a file of its own."""
     log = os.open(log_of(args, process), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
@@ -203,9 +203,11 @@ def work(args: argparse.Namespace, process: int, address: str, channel: connecti
         )
         channel.send(train(args, channel.send))
         jax.distributed.shutdown()
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        sys.stderr.flush()
+        # Last, because JAX ends its tracebacks with advice of its own.
+        first_line = f"{error}".partition("\n")[0]
+        print(f"{type(error).__name__}: {first_line}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit waits for all processes, and one may be dead
 
 
@@ -267,31 +269,34 @@ def watch(workers: list[Worker], args: argparse.Namespace, console: Console) -> 
     return [outcomes[index] for index in range(len(workers))]
 
 
-def tell_end(workers: list[Worker], index: int, args: argparse.Namespace, step: int) -> str:
+def tell_end(workers: list[Worker], first: int, args: argparse.Namespace, step: int) -> str:
     """How a process died, and what became of the others."""
-    process = workers[index].process
-    process.join(GRACE_SECONDS)
-    lines = [f"Process {index} of {len(workers)} {how_it_ended(process)} after step {step}."]
-    if process.exitcode is None or process.exitcode > 0:
-        lines.append(f"  {last_line(log_of(args, index))}")
-    for other, worker in enumerate(workers):
-        if other != index:
-            worker.process.join(GRACE_SECONDS)
-            lines.append(f"Process {other} then {how_it_ended(worker.process)}.")
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        worker.process.join(max(0, deadline - time.monotonic()))
+    end = how_it_ended(workers, first, args)
+    lines = [f"Process {first} of {len(workers)} {end}, after step {step}."]
+    for index in range(len(workers)):
+        if index != first:
+            lines.append(f"Process {index} then {how_it_ended(workers, index, args)}.")
     return "\n".join(lines)
 
 
-def how_it_ended(process: Any) -> str:
+def how_it_ended(workers: list[Worker], index: int, args: argparse.Namespace) -> str:
+    process = workers[index].process
     if process.exitcode is None:
         return "had to be stopped"
     if process.exitcode < 0:
         return f"was killed by {signal.Signals(-process.exitcode).name}"
-    return f"ended with exit code {process.exitcode}"
+    return f"ended with exit code {process.exitcode} ({last_line(log_of(args, index))})"
 
 
 def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), f"see {path}")
+    """The error; of a long one the end, where JAX has the cause."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return f"see {path}"
+    return lines[-1] if len(lines[-1]) <= 160 else f"... {lines[-1][-150:]}"
 
 
 def stop(workers: list[Worker]) -> None:
@@ -318,10 +323,9 @@ def how_to_resume(args: argparse.Namespace) -> str:
     steps = saved_steps(args)
     if not steps:
         return f"No checkpoint was complete; start again. Logs: {args.run_dir}"
-    command = (
-        f"python examples/data_parallel.py --steps {args.steps} --save-every {args.save_every}"
-    )
-    command += f" --processes {args.processes} --run-dir {args.run_dir} --resume"
+    command = f"python examples/data_parallel.py --resume --run-dir {args.run_dir}"
+    for name in ("processes", "steps", "save_every", "fault_step"):
+        command += f" --{name.replace('_', '-')} {getattr(args, name)}"
     return f"The checkpoint of step {max(steps)} is complete. To go on from there:\n  {command}"
 
 
@@ -339,10 +343,9 @@ def log_of(args: argparse.Namespace, process: int) -> Path:
 
 
 def make_table(outcomes: list[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    heads = ("process", "resumed from", "skipped", "last fault", "test accuracy")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for head in ("process", "resumed", "skipped", "last fault", "accuracy"):
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("parameters", no_wrap=True)
     table.add_column("optimizer state", no_wrap=True)
     for index, (resumed, skipped, fault, accuracy, *digests) in enumerate(outcomes):
