@@ -29,7 +29,7 @@ from rich.table import Table
 import optax_guard as og
 
 BATCH_SIZE, LENGTH, WIDTH = 32, 48, 128
-NUM_STEPS, NUM_STEPS_QUICK, MEASURE_EVERY = 240, 80, 10
+NUM_STEPS, NUM_STEPS_QUICK, MEASURE_EVERY = 240, 70, 10
 FAULTS = ("no fault", "empty batches", "exploding batches")
 UNPROTECTED, ZSCORE = "no protection", "og.guard + z-score"
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import optax_guard as og
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # as `python examples/...` has it
 
 import _demo
+import batch_norm
+import char_rnn
 import history_digits
 import linen_train_state
+import loops
 import mlp_digits
 import rnn_temporal_order
 
@@ -82,8 +88,9 @@ def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
     path = tmp_path / "figures" / "rnn.png"
     results = rnn_temporal_order.main(["--quick", "--out", str(path)])
 
-    assert list(results) == ["none", "clip_by_norm"]
-    for result in results.values():
+    assert list(results) == [10]
+    assert list(results[10]) == ["none", "clip_by_norm"]
+    for result in results[10].values():
         assert result.final_error.shape == result.skipped.shape == (2,)
         assert result.error.shape == result.grad_norm.shape == (2, 6)
         assert np.isfinite(result.grad_norm).all() and (result.grad_norm > 0).all()
@@ -128,11 +135,49 @@ def test_temporal_order_sequences_are_those_of_the_paper():
     assert set(labels) == {0, 1, 2, 3} and set(symbols.ravel()) == set(range(6))
 
 
-@pytest.mark.parametrize("argv", [["--length", "9"], ["--updates", "150"]])
+def test_rnn_temporal_order_compares_lengths_and_writes_rates_of_success(tmp_path, capsys):
+    picture, path = tmp_path / "rnn.png", tmp_path / "results" / "rnn.json"
+    argv = ["--methods", "clip_by_relative_change", "--lengths", "10", "12", "--updates", "100"]
+    results = rnn_temporal_order.main(
+        [*argv, "--seeds", "2", "--lr", "1e-6", "--out", str(picture), "--json", str(path)]
+    )
+    assert list(results) == [10, 12]
+    assert_is_small_png(picture)
+    record = json.loads(path.read_text())
+    assert record["arguments"] == {"lr": 1e-6, "updates": 100, "seeds": 2}
+    assert [cell["case"] for cell in record["cells"]] == ["L=10, lr=1e-06", "L=12, lr=1e-06"]
+    for cell in record["cells"]:  # nothing is learnt with such steps
+        assert cell["rule"] == "clip_by_relative_change"
+        assert (cell["value"], cell["solved"], cell["seeds"]) == (0, 0, 2)
+        assert cell["low"] == 0 and abs(cell["high"] - 65.8) < 0.1
+        assert 50 < cell["median_error"] <= cell["worst_error"] <= 100
+    assert capsys.readouterr().out.count("0.00-0.66") == 2
+
+
+def test_temporal_order_has_every_rule_that_clips_or_normalises():
+    rules = [name for name in og.__all__ if name.startswith(("clip_by", "normalize"))]
+    assert set(rules) <= set(rnn_temporal_order.make_methods(0.1))
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "expected"),
+    [  # by hand, with z = 1.96: (0 of n) is [0, z² / (n + z²)]
+        (0, 16, (0.0, 0.1936)),
+        (16, 16, (0.8064, 1.0)),
+        (8, 16, (0.2800, 0.7200)),  # 1/2 ± z / (2 √(n + z²))
+        (1, 10, (0.0179, 0.4042)),  # Brown, Cai & DasGupta 2001
+    ],
+)
+def test_wilson_interval_has_the_values_of_the_formula(successes, trials, expected):
+    interval = rnn_temporal_order.wilson_interval(successes, trials)
+    np.testing.assert_allclose(interval, expected, atol=1e-4)  # four digits are given
+
+
+@pytest.mark.parametrize("argv", [["--lengths", "9"], ["--updates", "150"]])
 def test_rnn_temporal_order_refuses_settings_that_cannot_work(argv, capsys):
     with pytest.raises(SystemExit):
         rnn_temporal_order.main(argv)
-    expected = "--length must be at least 10 and --updates a multiple of 100"
+    expected = "--lengths must be at least 10 and --updates a multiple of 100"
     assert expected in capsys.readouterr().err
 
 
@@ -149,8 +194,104 @@ def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed
 
 
+def test_char_rnn_survives_empty_and_exploding_batches_with_a_guard(tmp_path, capsys):
+    results = char_rnn.main(["--quick", "--out", str(tmp_path / "char.png")])
+    plain, guarded = char_rnn.UNPROTECTED, char_rnn.ZSCORE
+    healthy, empty, exploding = char_rnn.FAULTS
+    untaught = np.log(len(char_rnn.make_corpus(char_rnn.load_text(None)).alphabet))  # a mere guess
+    assert results.loss[plain, healthy] == pytest.approx(results.loss[guarded, healthy], abs=0.05)
+    assert results.loss[plain, healthy] < 0.65 * untaught
+    assert np.isnan(results.loss[plain, empty])
+    assert results.loss[plain, exploding] > results.loss[plain, healthy] + 0.5
+    for fault in (empty, exploding):
+        assert results.loss[guarded, fault] < results.loss[guarded, healthy] + 0.15
+    assert results.skipped[guarded, empty] == 1  # of 70 batches: the 40th
+    assert results.skipped[guarded, exploding] == results.skipped[guarded, healthy] == 0
+
+    assert len(results.text) == 300 and len(set(results.text)) > 10
+    assert results.explanation.startswith(
+        "Step 80 was skipped: gradients were not finite; the loss"
+    )
+    assert "rnn/cell/dense_h/kernel (norm nan)" in results.explanation
+    printed = capsys.readouterr().out
+    assert "dead" in printed and results.explanation in printed and results.text in printed
+    assert_is_small_png(results.figure)
+
+
+def test_char_rnn_reads_any_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("ab\u00e9" * 500, encoding="utf-8")
+    corpus = char_rnn.make_corpus(char_rnn.load_text(path))
+    assert corpus.alphabet == ["a", "b", "\u00e9"]
+    np.testing.assert_array_equal(corpus.train[:6], [0, 1, 2, 0, 1, 2])
+    assert corpus.train.shape == (1350,) and corpus.validation.shape == (3, char_rnn.LENGTH + 1)
+    path.write_text("too short")
+    with pytest.raises(ValueError, match="The text has 9 characters; give one of 980 or more"):
+        char_rnn.load_text(path)
+
+
+def test_char_rnn_refuses_runs_that_are_never_measured(capsys):
+    with pytest.raises(SystemExit):
+        char_rnn.main(["--steps", "9"])
+    assert "--steps must be at least 10, got 9" in capsys.readouterr().err
+
+
+def test_batch_norm_statistics_survive_a_nan_batch_only_with_select(tmp_path, capsys):
+    results = batch_norm.main(["--quick", "--out", str(tmp_path / "norm.png")])
+    finite = {"Param": 0, "BatchStat": 0}
+    for name in ("no bad batch", batch_norm.WITH_SELECT):
+        assert results.runs[name].on_test[-1] > 90, name
+        assert results.runs[name].num_nonfinite == finite, name
+    # The step was skipped, training goes on as if nothing had happened, and evaluation is dead.
+    guarded = results.runs["og.stabilize"]
+    kept = results.runs[batch_norm.WITH_SELECT]
+    assert guarded.num_nonfinite == {"Param": 0, "BatchStat": 2 * (16 + 32)}
+    np.testing.assert_array_equal(guarded.in_training, kept.in_training)
+    assert guarded.in_training[-1] > 90 and guarded.on_test[-1] == 0
+    assert results.runs["no protection"].num_nonfinite["Param"] > 1000
+    printed = capsys.readouterr().out
+    assert results.explanation in printed and "Step 34 was skipped" in printed
+    assert "conv1/kernel (norm nan)" in results.explanation
+    assert_is_small_png(results.figure)
+
+
+def test_the_state_of_an_nnx_model_is_shared_so_that_it_must_be_copied():
+    """The trap that batch_norm.py warns of: a state read before shows what was written after."""
+    model = batch_norm.ConvNet(rngs=nnx.Rngs(0))
+    shared = nnx.state(model, nnx.BatchStat)
+    copied = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    model(np.full((4, 64), np.nan, np.float32), is_training=True)
+    assert np.isnan(shared["norm1"]["mean"][...]).all()
+    assert (copied["norm1"]["mean"][...] == 0).all()
+
+
+def test_loops_skip_the_bad_batch_in_every_framework(capsys):
+    results = loops.main(["--quick"])
+    assert list(results) == ["plain Optax", "Flax NNX", "Flax Linen", "Equinox"]
+    for name, (accuracy, result) in results.items():
+        assert accuracy > 85, name
+        metrics = og.metrics(result.state)
+        assert metrics["guard/guard_step"] == loops.NUM_STEPS_QUICK, name
+        assert metrics["guard/skipped_total"] == 1, name
+        assert metrics["guard/last_fault_step"] == loops.BAD_STEP + 1, name
+        assert metrics["guard/last_fault_reason"] == 3, name  # gradients, and the loss passed on
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params)), name
+    printed = capsys.readouterr().out
+    for leaf in ("output (norm nan)", "layers/2/kernel", "layers_2/kernel", "layers/1/weight"):
+        assert leaf in printed
+
+
 @pytest.mark.parametrize(
-    "script", [mlp_digits, rnn_temporal_order, linen_train_state, history_digits]
+    "script",
+    [
+        mlp_digits,
+        rnn_temporal_order,
+        linen_train_state,
+        history_digits,
+        batch_norm,
+        char_rnn,
+        loops,
+    ],
 )
 def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
     with pytest.raises(SystemExit) as exit_info:

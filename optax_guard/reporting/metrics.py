@@ -100,6 +100,10 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
     For what a training step changes outside the optimizer: BatchNorm statistics, EMA weights,
     step counters, PRNG keys.
 
+    In Flax NNX copy the old values before the forward pass, with
+    ``jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))``: ``nnx.state`` alone shares the live
+    variables, so that what was read before shows what is written after, and ``old`` is ``new``.
+
     Args:
       ok: bool scalar, as :func:`step_ok` gives.
       new: pytree of arrays.
