@@ -277,11 +277,16 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str, *, plot: bo
 
 
 def save_json(
-    path: Path, benchmark: str, arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]
+    path: Path,
+    benchmark: str,
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    *,
+    key: str = "rows",
 ) -> Path:
-    """Writes rows with all that is needed to repeat and to judge them."""
-    options = {key: value for key, value in vars(arguments).items() if key not in OUTPUTS}
-    record = {"benchmark": benchmark, **environment(), "arguments": options, "rows": list(rows)}
+    """Writes rows, under ``key``, with all that is needed to repeat and to judge them."""
+    options = {name: value for name, value in vars(arguments).items() if name not in OUTPUTS}
+    record = {"benchmark": benchmark, **environment(), "arguments": options, key: list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

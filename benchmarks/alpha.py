@@ -50,10 +50,12 @@ def load() -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     return (images[NUM_TEST:], labels[NUM_TEST:]), (images[:NUM_TEST], labels[:NUM_TEST])
 
 
-def init(key: jax.Array, scale: float) -> list[tuple[jax.Array, jax.Array]]:
+def init(
+    key: jax.Array, scale: float, sizes: Sequence[int] = SIZES
+) -> list[tuple[jax.Array, jax.Array]]:
     he = jax.nn.initializers.he_normal()
-    keys = jax.random.split(key, len(SIZES) - 1)
-    shapes = itertools.pairwise(SIZES)
+    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = itertools.pairwise(sizes)
     return [
         (scale * he(k, shape), jnp.zeros(shape[1])) for k, shape in zip(keys, shapes, strict=True)
     ]

@@ -29,10 +29,12 @@ Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent ne
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _demo
 import jax
@@ -90,7 +92,11 @@ def sample(key: jax.Array, number: int, length: int) -> tuple[jax.Array, jax.Arr
 
 
 def make_methods(learning_rate: float) -> dict[str, optax.GradientTransformation]:
-    """Plain SGD behind different clips, all of them guarded."""
+    """Plain SGD behind every rule of the library at its defaults, and rivals; all guarded.
+
+    Another rule is one more line. The guard skips nothing here; it measures the norms.
+    """
+    sgd = optax.sgd(learning_rate)
     clips = {
         "none": optax.identity(),
         "clip_by_norm": og.clip_by_norm(1.0),
@@ -99,9 +105,22 @@ def make_methods(learning_rate: float) -> dict[str, optax.GradientTransformation
         "clip_by_zscore_capped": og.clip_by_zscore(2.5, max_norm=1.0),
         "clip_by_median": og.clip_by_median(3.0),
         "normalize_and_scale_auto": og.normalize_and_scale("auto"),
+        "clip_by_percentile": og.clip_by_percentile(),
+        "clip_by_ema": og.clip_by_ema(),
+        "clip_by_rms": og.clip_by_rms(),
+        "clip_by_param_norm": og.clip_by_param_norm(),
+        "clip_by_max_ema": og.clip_by_max_ema(),
+        "normalize_by_ema_norm": og.normalize_by_ema_norm(),
+        "optax.zero_nans+clip": optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1.0)),
     }
-    sgd = optax.sgd(learning_rate)
-    return {name: og.guard(optax.chain(clip, sgd)) for name, clip in clips.items()}
+    methods = {name: optax.chain(clip, sgd) for name, clip in clips.items()}
+    methods |= {
+        "clip_by_relative_change": optax.chain(sgd, og.clip_by_relative_change()),
+        "optax.apply_if_finite": optax.apply_if_finite(sgd, 5),
+        "lr/10": optax.sgd(learning_rate / 10),
+        "adam": optax.adam(2e-3),
+    }
+    return {name: og.guard(method) for name, method in methods.items()}
 
 
 class Setting(NamedTuple):
@@ -178,42 +197,107 @@ def run(optimizer, setting: Setting, advance) -> Result:
     return Result(*jax.device_get(finish(test_keys, carry)), error, grad_norm)
 
 
-def make_table(results: dict[str, Result]) -> Table:
-    table = Table(title=f"Temporal order: solved is < {SOLVED:.0f} % wrong", box=box.SIMPLE_HEAD)
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a success rate (Wilson 1927); as it should, it is wide at 0 and n."""
+    z = 1.959964
+    rate, shrink = successes / trials, 1 + z**2 / trials
+    middle = (rate + z**2 / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def success(result: Result) -> tuple[int, int]:
+    """How many seeds have solved the problem, and how many there are."""
+    return int(np.sum(result.final_error < SOLVED)), len(result.final_error)
+
+
+def make_table(results: dict[str, Result], title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
-    for name in ("solved", "median error %", "worst error %", "skipped"):
+    for name in ("solved", "95 % interval", "median error %", "worst error %", "skipped"):
         table.add_column(name, justify="right")
     for name, result in results.items():
-        error = result.final_error
+        solved, seeds = success(result)
+        low, high = wilson_interval(solved, seeds)
         table.add_row(
             name,
-            f"{np.sum(error < SOLVED)}/{len(error)}",
-            f"{np.median(error):.2f}",
-            f"{error.max():.2f}",
+            f"{solved}/{seeds}",
+            f"{low:.2f}-{high:.2f}",
+            f"{np.median(result.final_error):.2f}",
+            f"{result.final_error.max():.2f}",
             f"{result.skipped.sum()}",
         )
     return table
 
 
-LINES = {
-    "none": {"color": _demo.VERMILION},
-    "clip_by_norm": {"color": _demo.BLUE},
-    "normalize_and_scale": {"color": _demo.PURPLE},
-    "clip_by_zscore": {"color": _demo.ORANGE},
-    "clip_by_zscore_capped": {"color": _demo.GREEN, "linestyle": (0, (4, 2))},
-    "clip_by_median": {"color": _demo.SKY},
-    "normalize_and_scale_auto": {"color": _demo.GREY},
-}
+def to_cells(all_results: dict[int, dict[str, Result]], learning_rate: float) -> list[dict]:
+    """What ``--json`` writes for ``python -m benchmarks.summary``: rates of success in per cent."""
+    cells = []
+    for length, results in all_results.items():
+        for name, result in results.items():
+            solved, seeds = success(result)
+            low, high = wilson_interval(solved, seeds)
+            cells.append(
+                {
+                    "rule": name,
+                    "case": f"L={length}, lr={learning_rate:g}",
+                    "value": 100 * solved / seeds,
+                    "low": 100 * low,
+                    "high": 100 * high,
+                    "solved": solved,
+                    "seeds": seeds,
+                    "median_error": float(np.median(result.final_error)),
+                    "worst_error": float(result.final_error.max()),
+                }
+            )
+    return cells
+
+
+def save_json(path: Path, args: argparse.Namespace, cells: list[dict]) -> None:
+    versions = {"jax": jax.__version__, "optax": optax.__version__, "optax_guard": og.__version__}
+    options = {"lr": args.lr, "updates": args.updates, "seeds": args.seeds}
+    record = {
+        "benchmark": "rnn_temporal_order",
+        "versions": versions,
+        "device": jax.devices()[0].device_kind,
+        "arguments": options,
+        "cells": cells,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+COLORS = (
+    _demo.VERMILION,
+    _demo.BLUE,
+    _demo.PURPLE,
+    _demo.ORANGE,
+    _demo.GREEN,
+    _demo.SKY,
+    _demo.GREY,
+)
+
+
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a dash for each method, the same in every figure."""
+    dashes = ("-", (0, (4, 2)), (0, (1, 1.5)))
+    styles = {
+        name: {"color": COLORS[i % len(COLORS)], "linestyle": dashes[i // len(COLORS)]}
+        for i, name in enumerate(make_methods(0.1))
+    }
+    styles["clip_by_zscore_capped"]["linestyle"] = dashes[1]  # its curve lies on clip_by_norm's
+    return {name: styles[name] for name in names}
 
 
 def plot(results: dict[str, Result], setting: Setting, path: Path) -> None:
     """How many seeds have the problem solved, and gradient norms."""
+    lines = line_styles(list(results))
     with _demo.figure_at(path, 8, 3.8) as figure:
         left, right = figure.subplots(1, 2)
         updates = np.arange(setting.block, setting.updates + 1, setting.block)
         for name, result in results.items():
-            left.plot(updates, np.sum(result.error < SOLVED, axis=0), label=name, **LINES[name])
-            right.plot(updates, np.median(result.grad_norm, axis=0), **LINES[name])
+            left.plot(updates, np.sum(result.error < SOLVED, axis=0), label=name, **lines[name])
+            right.plot(updates, np.median(result.grad_norm, axis=0), **lines[name])
         left.set(xlabel="update", ylim=(-0.3, setting.seeds + 0.3))
         left.set_title(f"Seeds below {SOLVED:.0f} % error, of {setting.seeds}")
         right.set(xlabel="update", yscale="log")
@@ -221,40 +305,71 @@ def plot(results: dict[str, Result], setting: Setting, path: Path) -> None:
         figure.legend(loc="outside upper center", ncols=3)
 
 
+def plot_lengths(all_results: dict[int, dict[str, Result]], path: Path) -> None:
+    """Rates of success over the lengths, with their intervals."""
+    lengths = list(all_results)
+    names = list(all_results[lengths[0]])
+    with _demo.figure_at(path, 7, 4.2) as figure:
+        axis = figure.subplots()
+        for shift, (name, style) in enumerate(line_styles(names).items()):
+            counts = [success(all_results[length][name]) for length in lengths]
+            rates = np.array([solved / seeds for solved, seeds in counts])
+            bounds = np.array([wilson_interval(*count) for count in counts]).T
+            places = np.array(lengths) + 0.25 * (shift - len(names) / 2)  # bars side by side
+            spans = np.abs(bounds - rates)
+            axis.errorbar(places, rates, spans, label=name, capsize=2, marker="o", **style)
+        axis.set(xlabel="length of the sequences", ylim=(-0.03, 1.03))
+        axis.set_title(f"Rate of seeds below {SOLVED:.0f} % error, 95 % intervals")
+        figure.legend(loc="outside right upper", fontsize=8)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = list(make_methods(0.1))
     add = parser.add_argument
     add("--quick", action="store_true", help="2 seeds, 600 updates, length 10, two methods")
-    add("--methods", nargs="+", choices=names, help="default: the first five")
+    add("--methods", nargs="+", choices=[*names, "all"], help="default: the first five")
     add("--seeds", type=int, help="default 16")
-    add("--length", type=int, help="symbols in a sequence, at least 10; default 30")
+    add("--lengths", nargs="+", type=int, help="symbols in a sequence, at least 10; default 30")
     add("--updates", type=int, help="a multiple of 100; default 6000")
     add("--lr", type=float, default=0.1, help="learning rate of SGD; default 0.1")
     figure = Path(__file__).parent / "figures" / "rnn_temporal_order.png"
     add("--out", type=Path, default=figure, help="PNG file to write")
+    add("--json", type=Path, help="file for the rates of success")
     args = parser.parse_args(argv)
     args.methods = args.methods or (names[: 2 if args.quick else 5])
+    args.methods = names if "all" in args.methods else args.methods
     args.seeds = args.seeds or (2 if args.quick else 16)
-    args.length = args.length or (10 if args.quick else 30)
+    args.lengths = args.lengths or [10 if args.quick else 30]
     args.updates = args.updates or (600 if args.quick else 6000)
-    if args.length < 10 or args.updates % 100:
-        parser.error("--length must be at least 10 and --updates a multiple of 100")
+    if min(args.lengths) < 10 or args.updates % 100:
+        parser.error("--lengths must be at least 10 and --updates a multiple of 100")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, Result]]:
+    """Results of every method, for each length."""
     args = parse(argv)
-    setting = Setting(args.length, args.updates, args.seeds, block=100)
     methods = make_methods(args.lr)
-    results = {}
+    results: dict[int, dict[str, Result]] = {length: {} for length in args.lengths}
     console = Console()
     with Progress(console=console) as progress:
-        for name in args.methods:
-            task = progress.add_task(name, total=setting.updates // setting.block)
-            results[name] = run(methods[name], setting, partial(progress.advance, task))
-    plot(results, setting, args.out)
-    console.print(make_table(results))
+        for length in args.lengths:
+            setting = Setting(length, args.updates, args.seeds, block=100)
+            for name in args.methods:
+                label = f"{name}, length {length}"
+                task = progress.add_task(label, total=setting.updates // setting.block)
+                advance = partial(progress.advance, task)
+                results[length][name] = run(methods[name], setting, advance)
+                if args.json:  # after each method, so that a run cut short leaves something
+                    save_json(args.json, args, to_cells(results, args.lr))
+    if len(results) == 1:
+        plot(results[length], setting, args.out)
+    else:
+        plot_lengths(results, args.out)
+    for length, of_length in results.items():
+        title = f"Temporal order, length {length}, lr {args.lr:g}: solved is < {SOLVED:.0f} % wrong"
+        console.print(make_table(of_length, title))
     console.print(f"Figure: {args.out}", highlight=False, soft_wrap=True)
     return results
 
