@@ -3,7 +3,22 @@
     python examples/char_rnn.py                 # 75 seconds of CPU time
     python examples/char_rnn.py --data FILE     # any text
 
-HEADER
+A GRU of 128 units learns, by Adam, to continue the descriptions that scikit-learn gives of its data
+sets. Every 40th batch is empty, nothing but padding, so that its mean loss is 0 / 0; or three
+batches in a row, every 60 steps, hold random characters at 1000 times the loss, as from a damaged
+file and a sum in the place of a mean. Expected, in nats per character of the last tenth of the
+text, and (skipped steps):
+
+                              no fault    empty     exploding
+    no protection             2.02 (0)     dead      3.84 (0)
+    optax.zero_nans + clip 1  2.02 (0)   2.03 (0)    2.11 (0)
+    og.stabilize (clip 1)     2.02 (0)   2.03 (6)    2.11 (0)
+    og.guard + z-score        2.02 (0)   2.03 (6)    2.04 (0)
+
+Adam bounds the length of a step, and still a burst ruins it: three steps lead far off, and then the
+squares of gradients of norm 1000 stay in the second moment for a thousand steps, in which Adam
+hardly moves. Healthy norms are about 0.25 here: a limit of 1 still lets four times as much
+through, the z-score rule has learnt better. Two lines of Optax do as well as `og.stabilize`.
 """
 
 from __future__ import annotations
