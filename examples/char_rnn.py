@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         ("What that model writes:", results.text),
     ):
         console.print(f"\n{title}", style="bold", highlight=False)
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(f"\nFigure: {results.figure}", highlight=False, soft_wrap=True)
     return results
 

@@ -210,7 +210,7 @@ def test_char_rnn_survives_empty_and_exploding_batches_with_a_guard(tmp_path, ca
 
     assert len(results.text) == 300 and len(set(results.text)) > 10
     assert results.explanation.startswith(
-        "Step 80 was skipped: gradients were not finite; the loss"
+        "Step 40 was skipped: gradients were not finite; the loss"
     )
     assert "rnn/cell/dense_h/kernel (norm nan)" in results.explanation
     printed = capsys.readouterr().out
