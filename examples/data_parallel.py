@@ -1,26 +1,26 @@
 """Several processes train one network: a NaN in one of them, a process killed, a resumed run.
 
-    python examples/data_parallel.py --quick                  # about 10 seconds on two CPU cores
-    python examples/data_parallel.py --quick --kill-step 50   # ends with an error and exit code 1
-    python examples/data_parallel.py --quick --resume         # goes on, ends where the first ended
+    python examples/data_parallel.py                    # 300 steps: 20 seconds of CPU time
+    python examples/data_parallel.py --kill-step 250    # ends with an error and exit code 1
+    python examples/data_parallel.py --resume           # goes on, ends where the first ended
 
-Each process holds its part of every batch of 8x8 digits; `jit` averages the gradients over all of
+Each process holds its part of every batch of 8x8 digits, and `jit` sums the gradients over all of
 them. The processes run on one machine and talk through `jax.distributed`, as they would on many.
-At step 25 (`--fault-step`) one pixel is NaN in the last process only. The gradients are averaged,
-so the NaN reaches all processes, and the guard decides on the average: all of them skip that step.
-Nothing is sent for the verdict. Expected, with digests of your own that agree between the rows:
+At step 25 (`--fault-step`) one pixel is NaN in the last process only. Being summed, the NaN reaches
+all processes; the guard judges the sum, so that all of them skip the step without a word more
+between them. Expected, with digests of your own that agree between the rows:
 
-    process  resumed from  skipped  last fault  test accuracy  parameters    optimizer state
-          0             -        1          26         88.3 %  2f1c0f4d9a3b  77a0e5c1d2f8
-          1             -        1          26         88.3 %  2f1c0f4d9a3b  77a0e5c1d2f8
+    process resumed skipped last fault accuracy parameters   optimizer state
+          0       -       1         26   97.2 % 39affeafe578 eeb5173822c0
+          1       -       1         26   97.2 % 39affeafe578 eeb5173822c0
 
-Every 20 steps Orbax saves parameters and optimizer state, counters of the guard included, in the
-background. The second command kills the last process with SIGKILL before step 50. The others fail
-in the next sum over processes; the script stops whoever is left, names the dead process and the
-last complete checkpoint, and exits with code 1. The third command continues from there: its
-digests are those of the first command, bit for bit.
+Every 20 steps Orbax saves parameters and optimizer state, the guard's counters included, while the
+training goes on. The second command kills the last process with SIGKILL before step 250. The others
+fail in their next sum; the script stops who is left, and says who died, what the others said, and
+which checkpoint is complete. The third command goes on from there and ends with the digests of the
+first, bit for bit. Another number of processes can resume, too; its sums round differently.
 
-On a cluster there is no launcher: each host runs `train` after `jax.distributed.initialize()`.
+On a cluster nothing starts the others: each host calls `jax.distributed.initialize()`, then trains.
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@ import pytest
 import optax_guard as og
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "data_parallel.py"
+sys.path.append(str(SCRIPT.parent))  # as `python examples/...` has it
+
+import data_parallel  # noqa: E402
+
 STEPS, SAVE_EVERY, FAULT_STEP, KILL_STEP = 36, 12, 8, 30
 OPTIONS = {"steps": STEPS, "save-every": SAVE_EVERY, "fault-step": FAULT_STEP, "processes": 2}
 # Many times what a run takes on two cores: a process that waits for ever is found, a busy machine
@@ -98,10 +102,15 @@ def test_a_killed_process_ends_the_run_with_a_clear_error_and_a_restart_with_the
     ],
 )
 def test_what_cannot_work_is_refused_before_a_process_starts(argv, expected, tmp_path, capsys):
-    sys.path.append(str(SCRIPT.parent))
-    import data_parallel
-
     with pytest.raises(SystemExit) as exit_info:
         data_parallel.main(["--run-dir", str(tmp_path), *argv])
     assert exit_info.value.code == 2
     assert re.search(expected, " ".join(capsys.readouterr().err.split()))
+
+
+def test_the_script_tells_its_options_and_how_to_run_it(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        data_parallel.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--kill-step" in capsys.readouterr().out
+    assert "python examples/data_parallel.py" in data_parallel.__doc__
