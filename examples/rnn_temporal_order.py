@@ -212,19 +212,19 @@ def success(result: Result) -> tuple[int, int]:
 
 
 def make_table(results: dict[str, Result], title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("solved", "95 % interval", "median error %", "worst error %", "skipped"):
-        table.add_column(name, justify="right")
+    for name in ("solved", "95 % interval", "median error", "worst error", "skipped"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
         solved, seeds = success(result)
         low, high = wilson_interval(solved, seeds)
         table.add_row(
             name,
             f"{solved}/{seeds}",
-            f"{low:.2f}-{high:.2f}",
-            f"{np.median(result.final_error):.2f}",
-            f"{result.final_error.max():.2f}",
+            f"{100 * low:.0f}-{100 * high:.0f} %",
+            f"{np.median(result.final_error):.2f} %",
+            f"{result.final_error.max():.2f} %",
             f"{result.skipped.sum()}",
         )
     return table

@@ -2,12 +2,14 @@
 
 Covered: ``main(["--quick"])`` of each script (rows, table, JSON, picture), bytes against XLA's own
 count where there is no conditional, the cheap and the dear branch of one, loops, copies,
-collectives and callbacks, medians and quartiles, memory groups.
+collectives and callbacks, medians and quartiles, memory groups; means of differences, and the one
+table of all results.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import jax
@@ -18,16 +20,21 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optax_guard as og
 from benchmarks import (
     _harness,
     _hlo,
     _report,
+    _rules,
     _setups,
     alpha,
     collectives,
     end_to_end,
+    faults,
+    healthy,
     history_cost,
     step_cost,
+    summary,
 )
 
 
@@ -211,3 +218,147 @@ def test_alpha_compares_rules_on_all_conditions(tmp_path, capsys):
     assert rows[1]["healthy"] == rows[1]["loss x 64"] > 50
     assert rows[0]["healthy"] > 50 > rows[0]["loss x 64"]
     assert capsys.readouterr().out.count("auto") == 1
+
+
+def run_for_cells(script: Any, folder: Any, *more: str) -> list[dict[str, Any]]:
+    """Cells of a script, which has written them as the summary reads them."""
+    path = folder / f"{script.__name__.rpartition('.')[2]}_quick.json"
+    cells = script.main(["--quick", "--json", str(path), *more])
+    record = json.loads(path.read_text())
+    assert record["cells"] == json.loads(json.dumps(cells))
+    assert record["versions"]["jax"] == jax.__version__
+    for cell in cells:
+        assert isinstance(cell["rule"], str) and isinstance(cell["case"], str)
+        assert isinstance(cell["value"], float)
+    return cells
+
+
+def test_healthy_pairs_seeds_before_it_takes_the_error():
+    cell = healthy.make_cell("x", "y", np.array([91.0, 83, 75]), np.array([90.0, 80, 70]))
+    assert cell["value"] == 3 and cell["accuracy"] == 83 and cell["worst"] == 75
+    assert cell["se"] == pytest.approx(2 / 3**0.5)  # of 1, 3, 5; that of the accuracies is 4.6
+    assert cell["seeds"] == 3
+
+
+def write_idx(path: Any, array: Any) -> None:
+    path.write_bytes(struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape))
+    with path.open("ab") as file:
+        file.write(array.tobytes())
+
+
+def test_healthy_compares_with_the_run_without_a_rule_on_digits_and_on_a_folder(tmp_path, capsys):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        write_idx(folder / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (70, 4, 4), np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte", rng.integers(0, 10, 70, np.uint8))
+    named, data = healthy.load_folder(f"mine={folder}", 40)
+    assert (named, *data.train_images.shape, len(data.test_labels)) == ("mine", 40, 16, 70)
+    assert healthy.load_folder(str(folder), 40)[0] == "letters"
+
+    cells = run_for_cells(healthy, tmp_path, "--train", "40", "--data", f"mine={folder}")
+    assert str(folder) not in (tmp_path / "healthy_quick.json").read_text()
+    none, tiny, *others = cells
+    assert [none["rule"], tiny["rule"]] == [cell["rule"] for cell in others] == list(healthy.QUICK)
+    assert none["case"] == tiny["case"] == "digits"
+    assert [cell["case"] for cell in others] == ["mine", "mine"]
+    assert none["value"] == none["se"] == 0 and none["accuracy"] > 85
+    # Steps of length 0.001 lead nowhere in three epochs.
+    assert tiny["value"] == pytest.approx(tiny["accuracy"] - none["accuracy"]) and tiny["se"] > 0
+    assert tiny["value"] < -30
+    assert f"{tiny['value']:+.2f} ±" in capsys.readouterr().out
+
+
+def test_every_rule_that_clips_or_normalises_is_measured():
+    rules = {name for name in og.__all__ if name.startswith(("clip_by", "normalize"))}
+    assert rules <= set(_rules.RULES) and set(_rules.RULES) <= set(healthy.METHODS)
+    assert set(_rules.ADAPTIVE) <= set(faults.METHODS)
+
+
+def test_faults_kill_what_has_no_protection(tmp_path, capsys):
+    cells = run_for_cells(faults, tmp_path)
+    found = {(cell["rule"], cell["case"]): cell for cell in cells}
+    assert {rule for rule, _ in found} == set(faults.QUICK)
+    assert len(cells) == len(faults.QUICK) * (1 + 2 * 4)  # no fault, or four from either step on
+    for first in (0, 20):
+        bad = f"sgd, NaN pixel, first {first}"
+        assert found["none", bad]["dead"] == 2
+        assert found["og.stabilize", bad]["dead"] == 0 and found["og.stabilize", bad]["value"] > 85
+        labels = f"sgd, random labels, loss ×1000, first {first}"
+        assert (
+            found["og.stabilize", labels]["value"] > 85 > found["clip_by_zscore", labels]["value"]
+        )
+    assert min(cell["value"] for cell in cells if cell["case"] == "sgd, no fault") > 85
+    printed = capsys.readouterr().out
+    assert printed.count("dead / dead") == 2
+
+
+def write_cells(folder: Any, name: str, *cells: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps({"cells": cells}))
+
+
+def test_summary_puts_all_benchmarks_into_one_row_a_rule(tmp_path, capsys):
+    order = {"case": "L=30, lr=0.1", "value": 94.0, "low": 72, "high": 99, "solved": 15}
+    write_cells(
+        tmp_path,
+        "rnn_temporal_order_cpu.json",
+        {"rule": "clip_by_norm", "seeds": 16, **order},
+        {"rule": "clip_by_norm", "seeds": 16, **order, "case": "L=20, lr=0.01", "solved": 1},
+    )
+    write_cells(
+        tmp_path,
+        "clinic_cpu.json",
+        {"rule": "clip_by_norm 1", "case": "mild", "value": 66.0},
+        {"rule": "clip_by_norm 1", "case": "bad", "value": 82.0},
+        {"rule": "clip by value .5", "case": "bad", "value": 96.0},
+        {"rule": "Adam", "case": "mild", "value": 82.0},
+        {"rule": "none", "case": "mild", "value": None},
+    )
+    fault = {"dead": 0, "seeds": 5}
+    write_cells(
+        tmp_path,
+        "faults_cpu.json",
+        {"rule": "clip_by_norm", "case": "sgd, no fault", "value": 1.0, **fault},
+        {"rule": "clip_by_norm", "case": "sgd, x, first 0", "value": 97.0, **fault},
+        {"rule": "clip_by_norm", "case": "sgd, y, ×1, first 0", "value": 96.5, **fault},
+        {"rule": "clip_by_norm", "case": "sgd, x, first 20", "value": 98.0, "dead": 3, "seeds": 5},
+        {"rule": "clip_by_norm", "case": "adam, x, first 0", "value": 5.0, **fault},
+    )
+    adam = {"rule": "none", "case": "adam, x, first 20", "value": 8.0, **fault}
+    write_cells(tmp_path, "faults_adam_cpu.json", adam)
+    write_cells(
+        tmp_path,
+        "healthy_cpu.json",
+        {"rule": "none", "case": "digits", "value": 0.0, "se": 0.0},
+        {"rule": "clip_by_norm", "case": "digits", "value": -1.24, "se": 0.09},
+    )
+    rows = {row["rule"]: row for row in summary.main(["--folder", str(tmp_path)])}
+    assert list(rows)[-2:] == ["clip_by_norm", "clip by value .5"]  # rivals come first
+    assert rows["clip_by_norm"] == {
+        "rule": "clip_by_norm",
+        "A: solved": "15/16 (72-99 %)",
+        "B: worst row": "-14.0 (bad)",
+        "C: worst fault, first at 0 / 20": "96.5 / dead",
+        "D: digits": "-1.24 ± 0.09",
+    }
+    assert rows["adam"]["B: worst row"] == "+16.0 (mild)"
+    assert rows["adam"]["C: worst fault, first at 0 / 20"] == "- / 8.0"
+    assert rows["none"]["B: worst row"] == "dead (mild)" and rows["none"]["D: digits"] == "0"
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_summary_says_what_is_missing_or_unreadable(tmp_path, capsys):
+    write_cells(tmp_path, "healthy_cpu.json", {"rule": "x", "case": "y", "value": 1.0, "se": 0.5})
+    assert summary.main(["--folder", str(tmp_path)]) == [{"rule": "x", "D: y": "+1.00 ± 0.50"}]
+    printed = capsys.readouterr().out
+    assert "B: no file clinic*.json" in printed and "D: no file" not in printed
+    (tmp_path / "clinic.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"clinic\.json has no list under 'cells'; write it anew"):
+        summary.main(["--folder", str(tmp_path)])
+
+
+def test_summary_reads_the_results_that_come_with_the_repository(capsys):
+    rows = summary.main([])
+    assert {"none", "og.stabilize", "optax.zero_nans+clip"} <= {row["rule"] for row in rows}
+    assert "clip_by_zscore_capped" in capsys.readouterr().out

@@ -135,23 +135,34 @@ def test_temporal_order_sequences_are_those_of_the_paper():
     assert set(labels) == {0, 1, 2, 3} and set(symbols.ravel()) == set(range(6))
 
 
-def test_rnn_temporal_order_compares_lengths_and_writes_rates_of_success(tmp_path, capsys):
+def test_rnn_temporal_order_compares_lengths_and_writes_rates_of_success(
+    tmp_path, monkeypatch, capsys
+):
+    def run(optimizer, setting, advance):  # what was trained is of no interest here
+        of_points = np.ones((setting.seeds, setting.updates // setting.block))
+        errors = np.linspace(0, 3 * setting.length / 10, setting.seeds)
+        return rnn_temporal_order.Result(errors, np.zeros(setting.seeds), of_points, of_points)
+
+    monkeypatch.setattr(rnn_temporal_order, "run", run)
     picture, path = tmp_path / "rnn.png", tmp_path / "results" / "rnn.json"
-    argv = ["--methods", "clip_by_relative_change", "--lengths", "10", "12", "--updates", "100"]
-    results = rnn_temporal_order.main(
-        [*argv, "--seeds", "2", "--lr", "1e-6", "--out", str(picture), "--json", str(path)]
-    )
-    assert list(results) == [10, 12]
+    argv = ["--methods", "clip_by_relative_change", "lr/10", "--lengths", "10", "20", "--lr", "1"]
+    outputs = ["--out", str(picture), "--json", str(path)]
+    results = rnn_temporal_order.main([*argv, "--seeds", "4", *outputs])
+    assert list(results) == [10, 20]
     assert_is_small_png(picture)
     record = json.loads(path.read_text())
-    assert record["arguments"] == {"lr": 1e-6, "updates": 100, "seeds": 2}
-    assert [cell["case"] for cell in record["cells"]] == ["L=10, lr=1e-06", "L=12, lr=1e-06"]
-    for cell in record["cells"]:  # nothing is learnt with such steps
-        assert cell["rule"] == "clip_by_relative_change"
-        assert (cell["value"], cell["solved"], cell["seeds"]) == (0, 0, 2)
-        assert cell["low"] == 0 and abs(cell["high"] - 65.8) < 0.1
-        assert 50 < cell["median_error"] <= cell["worst_error"] <= 100
-    assert capsys.readouterr().out.count("0.00-0.66") == 2
+    assert record["arguments"] == {"lr": 1, "updates": 6000, "seeds": 4}
+    cells = record["cells"]
+    cases = [(cell["rule"], cell["case"]) for cell in cells]
+    assert cases[:2] == [("clip_by_relative_change", "L=10, lr=1"), ("lr/10", "L=10, lr=1")]
+    assert cases[2:] == [("clip_by_relative_change", "L=20, lr=1"), ("lr/10", "L=20, lr=1")]
+    for cell, median in zip(cells, (1.5, 1.5, 3, 3), strict=True):
+        assert (cell["value"], cell["solved"], cell["seeds"]) == (25, 1, 4)
+        assert abs(cell["low"] - 4.6) < 0.1 and abs(cell["high"] - 69.9) < 0.1
+        assert (cell["median_error"], cell["worst_error"]) == (median, 2 * median)
+    printed = capsys.readouterr().out
+    assert printed.count("1/4") == printed.count("5-70 %") == 4
+    assert "length 10, lr 1" in printed and "length 20, lr 1" in printed
 
 
 def test_temporal_order_has_every_rule_that_clips_or_normalises():
