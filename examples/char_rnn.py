@@ -313,11 +313,15 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--data", type=Path, help="a text file; by default what scikit-learn says of its data")
     add("--out", type=Path, default=Path(__file__).parent / "figures" / "char_rnn.png")
     args = parser.parse_args(argv)
-    num_steps = args.steps or (NUM_STEPS_QUICK if args.quick else NUM_STEPS)
+    num_steps = NUM_STEPS_QUICK if args.quick else NUM_STEPS
+    num_steps = num_steps if args.steps is None else args.steps
     if num_steps < MEASURE_EVERY:
         parser.error(f"--steps must be at least {MEASURE_EVERY}, got {num_steps}.")
+    try:
+        corpus = make_corpus(load_text(args.data))
+    except (OSError, ValueError) as error:
+        parser.error(f"--data: {error}")
     console = Console()
-    corpus = make_corpus(load_text(args.data))
     optimizers = make_optimizers(5e-3)
     if args.quick:
         optimizers = {name: optimizers[name] for name in (UNPROTECTED, ZSCORE)}

@@ -241,10 +241,23 @@ def test_char_rnn_reads_any_text(tmp_path):
         char_rnn.load_text(path)
 
 
-def test_char_rnn_refuses_runs_that_are_never_measured(capsys):
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--steps", "9"], "--steps must be at least 10, got 9"),
+        (["--steps", "0"], "--steps must be at least 10, got 0"),
+        (["--data", "nowhere.txt"], "--data: [Errno 2] No such file or directory: 'nowhere.txt'"),
+        (["--data", "short.txt"], "--data: The text has 5 characters; give one of 980 or more"),
+    ],
+)
+def test_char_rnn_says_on_the_command_line_what_is_wrong(
+    argv, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("short")
     with pytest.raises(SystemExit):
-        char_rnn.main(["--steps", "9"])
-    assert "--steps must be at least 10, got 9" in capsys.readouterr().err
+        char_rnn.main(argv)
+    assert expected in capsys.readouterr().err
 
 
 def test_batch_norm_statistics_survive_a_nan_batch_only_with_select(tmp_path, capsys):
