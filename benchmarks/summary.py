@@ -16,8 +16,8 @@ Each holds, under "cells", a flat list of {"rule": str, "case": str, "value": fl
     A  value: seeds that succeed, per cent; also "solved", "seeds", "low", "high". The case
        "L=30, lr=0.1" is shown.
     B  value: median accuracy, per cent, of the network and initialisation that the case names;
-       NaN or null: the run ended in NaN. Shown is the worst difference, over the cases, to the
-       best clipping rule (`CLIPS`) in the same case, and that case.
+       "nonfinite_seeds" of "seeds" ended in NaN. Shown is the worst difference, over the cases,
+       to the best clipping rule (`CLIPS`) in the same case, and that case.
     C  value: median accuracy, per cent; also "dead", "seeds". The case is
        "optimizer, fault, first step". Shown is the worst fault for SGD, for each step of the first.
     D  value: mean paired difference of accuracy to no rule, in points; also "se". Shown for each
@@ -72,9 +72,11 @@ def read(folder: Path, prefix: str) -> list[Cell]:
     return list(cells.values())
 
 
-def number(value: float | None) -> float:
-    """A run that ended in NaN is worse than any other."""
-    return -math.inf if value is None or math.isnan(value) else value
+def number(cell: Cell) -> float:
+    """The value; a cell of which most seeds ended in NaN is worse than any other."""
+    num_dead, value = cell.get("dead", cell.get("nonfinite_seeds", 0)), cell["value"]
+    is_dead = value is None or math.isnan(value) or 2 * num_dead > cell.get("seeds", 0) > 0
+    return -math.inf if is_dead else value
 
 
 def temporal_order(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
@@ -94,11 +96,11 @@ def clinic(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
     best: dict[str, float] = {}
     for cell in cells:
         if cell["rule"].startswith(CLIPS):
-            best[cell["case"]] = max(best.get(cell["case"], -math.inf), number(cell["value"]))
+            best[cell["case"]] = max(best.get(cell["case"], -math.inf), number(cell))
     worst: dict[str, tuple[float, str]] = {}
     for cell in cells:
         if math.isfinite(best.get(cell["case"], -math.inf)):
-            behind = number(cell["value"]) - best[cell["case"]]
+            behind = number(cell) - best[cell["case"]]
             worst[cell["rule"]] = min(
                 worst.get(cell["rule"], (math.inf, "")), (behind, cell["case"])
             )
@@ -120,10 +122,8 @@ def faults(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
         if optimizer != "sgd" or ", first " not in when:
             continue
         first = int(when.rpartition(" ")[2])
-        is_dead = 2 * cell["dead"] > cell["seeds"]
-        value = -math.inf if is_dead else number(cell["value"])
         of_rule = worst.setdefault(rule, {})
-        of_rule[first] = min(of_rule.get(first, math.inf), value)
+        of_rule[first] = min(of_rule.get(first, math.inf), number(cell))
     title = "C: worst fault, first at "
     firsts = sorted({first for of_rule in worst.values() for first in of_rule})
     title += " / ".join(map(str, firsts))

@@ -313,7 +313,8 @@ def test_summary_puts_all_benchmarks_into_one_row_a_rule(tmp_path, capsys):
         {"rule": "clip_by_norm 1", "case": "bad", "value": 82.0},
         {"rule": "clip by value .5", "case": "bad", "value": 96.0},
         {"rule": "Adam", "case": "mild", "value": 82.0},
-        {"rule": "none", "case": "mild", "value": None},
+        {"rule": "none", "case": "mild", "value": 10.0, "nonfinite_seeds": 5, "seeds": 8},
+        {"rule": "lr/10", "case": "mild", "value": None},
     )
     fault = {"dead": 0, "seeds": 5}
     write_cells(
@@ -344,7 +345,8 @@ def test_summary_puts_all_benchmarks_into_one_row_a_rule(tmp_path, capsys):
     }
     assert rows["adam"]["B: worst row"] == "+16.0 (mild)"
     assert rows["adam"]["C: worst fault, first at 0 / 20"] == "- / 8.0"
-    assert rows["none"]["B: worst row"] == "dead (mild)" and rows["none"]["D: digits"] == "0"
+    assert rows["none"]["B: worst row"] == rows["lr/10"]["B: worst row"] == "dead (mild)"
+    assert rows["none"]["D: digits"] == "0"
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
