@@ -1,17 +1,38 @@
 """What do bad batches leave of a run? Every rule against four faults, from three first steps on.
 
-    python -m benchmarks.faults            # TIME
+    python -m benchmarks.faults            # about 3 minutes of CPU time
     python -m benchmarks.faults --quick
 
 The task and the faults of `examples/mlp_digits.py`: a 64-128-64-10 network learns 8x8 digits, 10
 epochs in batches of 64, and every 20th batch goes wrong: a NaN pixel, NaN pixels in 8 batches in a
 row, one sample times a million, random labels with the loss times 1000. The first fault comes at
-step 0, 20 or 60, for a rule that is still warming up has no limit yet. All rules are guarded
-(the finite faults are theirs to stop); peers from Optax are as they come; "spike_skip" is
+step 0, 20 or 60: a rule that is still warming up may have no limit yet. All rules are guarded (the
+finite faults are theirs to stop); peers from Optax are as they come; "spike_skip" is
 `og.guard(..., skip_if=og.spike())` without a clip. SGD(0.05, momentum 0.9) and Adam(0.002), 5
-seeds. Median test accuracy in per cent, "dead" if most seeds end in NaN; expected on CPU:
+seeds. Test accuracy in per cent, median, "dead" if most seeds end in NaN. Expected on CPU, for a
+first fault at step 0, 20 and 60:
 
-EXPECTED
+    sgd                       no fault       NaN pixel   8 NaN batches     sample ×1e6   random labels
+    none                          98.1  dead dead dead  dead dead dead     8    8   98     8    8    8
+    optax.apply_if_finite         98.1    98   98   98  dead dead dead     8    8   98     8    8    8
+    optax.zero_nans+clip          97.8    98   98   98    97   97   97    98   98   98    98   98   98
+    optax.adaptive_grad_clip      96.7  dead dead dead  dead dead dead    97   97   97    96   96   96
+    og.stabilize                  97.8    98   98   98    97   97   98    98   98   98    98   98   98
+    clip_by_zscore                97.8    98   98   98    97   97   97     8   98   98    12    9   98
+    clip_by_zscore_capped         97.8    98   98   98    97   97   98    98   98   98    98   98   98
+    clip_by_percentile            97.8    98   98   98    97   97   97     8   98   98     8   98   98
+    clip_by_median                98.1    98   98   98    97   97   98    98   98   98    98   98   98
+    clip_by_ema                   97.8    98   98   98    98   98   98    98   98   98    98   98   98
+    clip_by_max_ema               98.1    98   98   98    97   97   97     8   97   97     9   10   10
+    normalize_by_ema_norm         97.8    97   97   98    97   96   97    91   98   97    79   85   88
+    normalize_and_scale           96.9    98   98   97    98   97   98    98   98   97    97   98   98
+    normalize_and_scale_auto      96.7    98   97   97    97   97   97    14   97   97     8   97   97
+    spike_skip                    98.1    98   98   98    97   97   97     8   98   98     8    8    8
+
+One point is 3.6 of the 360 test digits: differences below that are noise. Adaptive rules without a
+limit from the first step on, the spike condition included, are lost to a finite fault at step 0;
+`clip_by_median` is not, since it only observes for three steps. The two lines of Optax, `zero_nans`
+and a clip to norm 1, hold against everything here.
 """
 
 from __future__ import annotations
