@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import re
 from pathlib import Path
 
+import assertions
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -89,9 +92,9 @@ def namespace():
     }
 
 
-def execute(name):
+def execute(name, **given):
     """What the block leaves behind: its names, on top of those it was given."""
-    names = namespace()
+    names = namespace() | given
     exec(compile(PYTHON[name], f"README.md, {name}", "exec"), names)
     return names
 
@@ -105,7 +108,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what the snippets write
 
 
-@pytest.mark.parametrize("name", [name for name in PYTHON if not is_loop(name)])
+def needs_a_checkpoint(name):
+    return "checkpointer" in PYTHON[name]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PYTHON if not is_loop(name) and not needs_a_checkpoint(name)]
+)
 def test_snippet_runs(name):
     execute(name)
 
@@ -169,6 +178,22 @@ def test_snippet_of_history_leaves_a_record_and_a_picture(tmp_path, capsys):
     assert [row["step"] for row in record.records] == [0, 10, 20]
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.strip()  # the summary
+
+
+def test_snippet_of_checkpoints_restores_the_state_of_an_older_version(tmp_path):
+    saved, new = namespace(), TX.init(make_params())
+    older = saved["opt_state"]._asdict()
+    del older["last_fault_norms"]
+    older = collections.namedtuple("GuardState", older)(**older)
+    path = tmp_path / "checkpoint"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": saved["params"], "opt_state": older})
+        checkpointer.wait_until_finished()
+        name = block_with("checkpointer.restore")
+        names = execute(name, checkpointer=checkpointer, path=path, opt_state=new)
+    expected = saved["opt_state"]._replace(last_fault_norms=new.last_fault_norms)
+    assert int(expected.skipped_total) == 1  # unlike the new state
+    assertions.assert_same_bits(names["opt_state"], expected)
 
 
 def test_explanation_in_the_readme_is_what_explain_says():
