@@ -21,7 +21,7 @@ STEPS, SAVE_EVERY, FAULT_STEP, KILL_STEP = 36, 12, 8, 30
 OPTIONS = {"steps": STEPS, "save-every": SAVE_EVERY, "fault-step": FAULT_STEP, "processes": 2}
 # Many times what a run takes on two cores: a process that waits for ever is found, a busy machine
 # is not taken for one. After a death the script itself waits for the others for a few seconds.
-TIME_LIMIT = 150
+TIME_LIMIT = 200
 
 
 def run(folder, *more):
