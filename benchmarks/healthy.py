@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,20 +98,16 @@ def make_cell(name: str, case: str, accuracy: np.ndarray, reference: np.ndarray)
     }
 
 
-def compare(
-    task: Task, case: str, names: Sequence[str], seeds: int, advance: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def compare(task: Task, case: str, names: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
     """A cell for every method: its accuracy, and what it differs from that without a rule."""
-    cells, reference = [], None
+    reference = None
     data = jax.tree.map(jnp.asarray, task.data)
     for name in names:
         run = partial(train, METHODS[name], task.batch_size, task.epochs)
         run = jax.jit(jax.vmap(run, (None, 0)))
         accuracy = np.asarray(run(data, jnp.arange(seeds)), np.float64)
         reference = accuracy if reference is None else reference
-        cells.append(make_cell(name, case, accuracy, reference))
-        advance(f"{name}, {case}")
-    return cells
+        yield make_cell(name, case, accuracy, reference)
 
 
 def to_markdown(cells: Sequence[dict[str, Any]]) -> str:
@@ -171,8 +167,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
     with _harness.progress("healthy", len(names) * len(tasks)) as advance:
         for case, task in tasks.items():
-            cells += compare(task, case, names, arguments.seeds, advance)
-            _harness.save_json(arguments.json, "healthy", arguments, cells, key="cells")
+            for cell in compare(task, case, names, arguments.seeds):
+                cells.append(cell)  # saved one by one: a run cut short leaves something
+                _harness.save_json(arguments.json, "healthy", arguments, cells, key="cells")
+                advance(f"{cell['rule']}, {case}")
     print(to_markdown(cells))
     return cells
 

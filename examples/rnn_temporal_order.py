@@ -280,19 +280,20 @@ COLORS = (
 
 def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a dash for each method, the same in every figure."""
-    dashes = ("-", (0, (4, 2)), (0, (1, 1.5)))
+    dashes = ("-", (0, (5, 1.5, 1, 1.5)), (0, (1, 1.5)))
     styles = {
         name: {"color": COLORS[i % len(COLORS)], "linestyle": dashes[i // len(COLORS)]}
         for i, name in enumerate(make_methods(0.1))
     }
-    styles["clip_by_zscore_capped"]["linestyle"] = dashes[1]  # its curve lies on clip_by_norm's
+    styles["clip_by_zscore_capped"]["linestyle"] = (0, (4, 2))  # its curve lies on clip_by_norm's
     return {name: styles[name] for name in names}
 
 
 def plot(results: dict[str, Result], setting: Setting, path: Path) -> None:
     """How many seeds have the problem solved, and gradient norms."""
     lines = line_styles(list(results))
-    with _demo.figure_at(path, 8, 3.8) as figure:
+    num_legend_lines = -(-len(results) // 3)
+    with _demo.figure_at(path, 8, 3.8 + 0.21 * max(0, num_legend_lines - 2)) as figure:
         left, right = figure.subplots(1, 2)
         updates = np.arange(setting.block, setting.updates + 1, setting.block)
         for name, result in results.items():
@@ -315,7 +316,9 @@ def plot_lengths(all_results: dict[int, dict[str, Result]], path: Path) -> None:
             counts = [success(all_results[length][name]) for length in lengths]
             rates = np.array([solved / seeds for solved, seeds in counts])
             bounds = np.array([wilson_interval(*count) for count in counts]).T
-            places = np.array(lengths) + 0.25 * (shift - len(names) / 2)  # bars side by side
+            places = np.array(lengths) + (shift - len(names) / 2) * 5 / max(
+                16, len(names)
+            )  # bars side by side
             spans = np.abs(bounds - rates)
             axis.errorbar(places, rates, spans, label=name, capsize=2, marker="o", **style)
         axis.set(xlabel="length of the sequences", ylim=(-0.03, 1.03))
