@@ -41,7 +41,7 @@ from benchmarks import _report
 Cell = dict[str, Any]
 SOURCES = {"A": "rnn_temporal_order", "B": "clinic", "C": "faults", "D": "healthy"}
 TEMPORAL_ORDER = "L=30, lr=0.1"
-RIVALS = ("none", "lr/10", "adam", "optax.")  # what is not ours comes first, `optax.…` included
+ORDER = ("none", "lr/10", "adam", "optax.", "og.", "clip_by_", "normalize_")  # rivals come first
 CLIPS = ("clip_by_", "clip by value")
 ALIASES = {
     "Adam": "adam",
@@ -155,6 +155,12 @@ READERS: dict[str, Callable[[Sequence[Cell]], dict[str, dict[str, str]]]] = {
 }
 
 
+def place(rule: str) -> tuple[int, str]:
+    """Where a rule stands in the table."""
+    matches = (rank for rank, prefix in enumerate(ORDER) if rule.startswith(prefix))
+    return next(matches, len(ORDER)), rule
+
+
 def summarise(folder: Path) -> tuple[list[dict[str, str]], list[str]]:
     """Rows of the table, rivals first, and what could not be found."""
     table: dict[str, dict[str, str]] = {}
@@ -165,7 +171,7 @@ def summarise(folder: Path) -> tuple[list[dict[str, str]], list[str]]:
             missing.append(f"{letter}: no file {prefix}*.json in {folder.name}/; left out.")
         for rule, columns in READERS[letter](cells).items():
             table.setdefault(rule, {"rule": rule}).update(columns)
-    rows = sorted(table.values(), key=lambda row: not row["rule"].startswith(RIVALS))
+    rows = sorted(table.values(), key=lambda row: place(row["rule"]))
     return rows, missing
 
 
