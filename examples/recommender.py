@@ -73,7 +73,7 @@ def load_ratings(path: str | Path) -> Ratings:
     delimiter = "\t" if "\t" in head else ","
     has_header = not head.split(delimiter)[0].strip().isdigit()
     try:
-        table = np.loadtxt(path, delimiter=delimiter, skiprows=has_header, usecols=(0, 1, 2))
+        table = np.loadtxt(path, delimiter=delimiter, skiprows=int(has_header), usecols=(0, 1, 2))
     except ValueError as error:
         raise ValueError(
             f"{path} is no table of user, item and rating, separated by commas or tabs; it begins "

@@ -21,10 +21,12 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))  # as `python examp
 import _demo
 import batch_norm
 import char_rnn
+import clinic
 import history_digits
 import linen_train_state
 import loops
 import mlp_digits
+import recommender
 import rnn_temporal_order
 
 MOST_BYTES = 150_000  # of a picture in the README
@@ -314,7 +316,9 @@ def test_loops_skip_the_bad_batch_in_every_framework(capsys):
         history_digits,
         batch_norm,
         char_rnn,
+        clinic,
         loops,
+        recommender,
     ],
 )
 def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
@@ -323,6 +327,171 @@ def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
     assert exit_info.value.code == 0
     assert "--quick" in capsys.readouterr().out
     assert f"python examples/{script.__name__}.py" in script.__doc__
+
+
+def test_clinic_tells_healthy_exploding_and_vanishing_networks_apart(tmp_path, capsys):
+    picture, cells = tmp_path / "clinic.png", tmp_path / "clinic.json"
+    results = clinic.main(["--quick", "--out", str(picture), "--json", str(cells)])
+
+    assert results.cases == list(clinic.QUICK_CASES)
+    assert all(array.shape == (5, 2) for array in results.score.values())
+    verdicts = dict(zip(results.cases, (d.verdict for d in results.diagnosis), strict=True))
+    assert verdicts[clinic.SEVERE] == "exploding" and verdicts[clinic.VANISHING] == "vanishing"
+    assert verdicts[clinic.HEALTHY] == verdicts[clinic.CURED] == "ok"
+    assert results.median(clinic.HEALTHY, "none") > 80
+    assert results.num_lost(clinic.SEVERE, "none") == 2
+    assert results.num_lost(clinic.SEVERE, "clip_by_norm 1") == 0
+    assert results.median(clinic.SEVERE, "clip_by_norm 1") < 30  # kept finite, not cured
+    assert results.median(clinic.VANISHING, "clip_by_norm 1") < 30
+    assert results.median(clinic.CURED, "none") > 30
+
+    printed = capsys.readouterr().out
+    assert "none NaN, at best clip_by_norm 1" in printed
+    assert f"{clinic.VANISHING}: none" in printed and "with Xavier instead" in printed
+    assert_is_small_png(picture)
+    written = json.loads(cells.read_text())["cells"]
+    assert len(written) == 10 and {cell["case"] for cell in written} == set(map(str, results.cases))
+
+
+def test_clinic_sees_one_array_and_one_unit_for_each_stacked_layer():
+    sizes = (5, 4, 4, 4, 3)
+    params = clinic.make_params(jax.random.key(0), clinic.MILD, sizes)
+    assert [group.kernel.shape for group in params] == [(1, 5, 4), (2, 4, 4), (1, 4, 3)]
+    stacked = {"kernel": np.array(params[1].kernel), "slope": np.array([3.0, 0.5], np.float32)}
+    stacked["kernel"][0] *= 100 / np.linalg.norm(stacked["kernel"][0])
+    stacked["kernel"][1] *= 0.5 / np.linalg.norm(stacked["kernel"][1])
+
+    tx = og.clip_by_norm(1.0, scope=clinic.per_array)
+    clipped, _ = tx.update(stacked, tx.init(stacked))
+    np.testing.assert_allclose(np.linalg.norm(clipped["kernel"], axis=(1, 2)), [1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(clipped["slope"], [1, 0.5], rtol=1e-6)
+
+    tx = og.clip_by_norm(0.2, scope=clinic.per_unit)
+    clipped, _ = tx.update(stacked, tx.init(stacked))
+    norms = np.linalg.norm(stacked["kernel"], axis=1)
+    np.testing.assert_allclose(
+        np.linalg.norm(clipped["kernel"], axis=1), np.minimum(norms, 0.2), rtol=1e-6
+    )
+
+    rule = og.clip_by_relative_change(0.1, max_absolute=0.0)
+    tx = clinic.unstacked(rule)
+    weights = {name: np.ones_like(leaf) for name, leaf in stacked.items()}
+    bounded, _ = tx.update(stacked, tx.init(weights), weights)
+    assert jax.tree.structure(bounded) == jax.tree.structure(stacked)
+    for layer in range(2):
+        alone, alone_weights = ({"kernel": t["kernel"][layer]} for t in (stacked, weights))
+        expected, _ = rule.update(alone, rule.init(alone_weights), alone_weights)
+        np.testing.assert_allclose(bounded["kernel"][layer], expected["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("activation", clinic.ACTIVATIONS)
+def test_clinic_network_is_the_textbook_one(activation, batch_norm):
+    """Case as data, selected and stacked, against a plain NumPy network."""
+    case = clinic.Case("any", activation, "He", batch_norm)
+    params = clinic.make_params(jax.random.key(1), case, (6, 4, 4, 4, 3))
+    inputs = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    outputs = clinic.apply(params, clinic.make_kind(case), inputs, 7)
+
+    slope = {"relu": 0.0, "leaky_relu": 0.01, "PReLU": 0.25}.get(activation)
+    functions = {"sigmoid": lambda x: 1 / (1 + np.exp(-x)), "tanh": np.tanh}
+    function = functions.get(activation, lambda x: np.where(x > 0, x, slope * x))
+    kernels = [np.asarray(kernel, float) for group in params for kernel in group.kernel]
+    expected = inputs.astype(float)
+    for kernel in kernels[:-1]:
+        expected = expected @ kernel
+        if batch_norm:  # by the first seven samples
+            mean, variance = expected[:7].mean(axis=0), expected[:7].var(axis=0)
+            expected = (expected - mean) / np.sqrt(variance + 1e-5)
+        expected = function(expected)
+    np.testing.assert_allclose(outputs, expected @ kernels[-1], rtol=2e-4, atol=2e-5)
+
+    grads = clinic._gradient(params, clinic.make_kind(case), inputs, np.arange(9) % 3)
+    assert np.any(grads[1].slope) == (activation == "PReLU")
+    assert np.any(grads[1].gain) == np.any(grads[1].shift) == batch_norm
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--data", "somewhere"], "--data needs --case classifier"),
+        (["--full", "--case", "regressor"], "--full is about digits"),
+    ],
+)
+def test_clinic_refuses_options_that_do_not_go_together(argv, expected, capsys):
+    with pytest.raises(SystemExit):
+        clinic.main(argv)
+    assert expected in capsys.readouterr().err
+
+
+def test_clinic_regressor_explodes_and_clips_keep_it_finite(tmp_path):
+    out = ["--out", str(tmp_path / "clinic.png")]
+    results = clinic.main(
+        [
+            "--case",
+            "regressor",
+            "--seeds",
+            "2",
+            "--steps",
+            "60",
+            *out,
+            "--remedies",
+            "clip_by_norm 1",
+        ]
+    )
+    for case in results.cases[:3]:
+        assert results.num_lost(case, "none") == 2
+    assert not any(results.num_lost(case, "clip_by_norm 1") for case in results.cases)
+
+
+def test_clinic_classifier_takes_digits_enlarged_to_28_by_28():
+    data = clinic.enlarged(_demo.load_digits())
+    assert data.train_images.shape == (1437, 784) and data.test_images.dtype == np.float32
+    small, large = _demo.load_digits().test_images[0].reshape(8, 8), data.test_images[0]
+    large = large.reshape(28, 28)
+    np.testing.assert_array_equal(large[3:26:3, 3:26:3], small)
+    np.testing.assert_array_equal(large[2:26:3, 4:26:3], small)
+    assert not large[:2].any() and not large[26:].any() and not large[:, :2].any()
+
+
+def test_recommender_survives_a_high_rate_with_relative_change_only(tmp_path, capsys):
+    path = tmp_path / "recommender.png"
+    results = recommender.main(["--quick", "--out", str(path)])
+    for runs in results.values():
+        assert list(runs) == ["none", "clip_by_relative_change"]
+        for run in runs.values():
+            assert run.error.shape == (5, 1) and (run.zero_rows > 80).all()
+        assert runs["none"].error[-1] > 1.5  # predicting the mean: 0.96
+        assert (runs["clip_by_relative_change"].error < 1.0).all()
+    assert "worse than the mean" in capsys.readouterr().out
+    assert_is_small_png(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "userId,movieId,rating,timestamp\n7,31,2.5,1\n7,1029,3.0,2\n12,31,5,3\n",
+        "7\t31\t2.5\t1\n7\t1029\t3\t2\n12\t31\t5\t3\n",
+    ],
+    ids=["ratings.csv", "u.data"],
+)
+def test_recommender_reads_movielens(tmp_path, content):
+    path = tmp_path / "ratings"
+    path.write_text(content)
+    ratings = recommender.load_ratings(path)
+    np.testing.assert_array_equal(ratings.users, [0, 0, 1])
+    np.testing.assert_array_equal(ratings.items, [0, 1, 0])
+    np.testing.assert_array_equal(ratings.ratings, np.array([2.5, 3, 5], np.float32))
+    assert [array.dtype for array in ratings] == [np.int32, np.int32, np.float32]
+
+
+def test_recommender_says_what_is_wrong_with_a_file_of_ratings(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must name a file of ratings; .*nowhere is none"):
+        recommender.load_ratings(tmp_path / "nowhere")
+    path = tmp_path / "page.html"
+    path.write_text("<html>\n<body>\n")
+    with pytest.raises(ValueError, match=r"no table of user, item and rating.*begins with '<html>"):
+        recommender.load_ratings(path)
 
 
 def idx_bytes(array, *, magic=None):
