@@ -33,6 +33,10 @@ One point is 3.6 of the 360 test digits; smaller differences are noise. Adaptive
 limit from the first step on, the spike condition included, are lost to a finite fault at step 0;
 `clip_by_median` is not, since it only observes for three steps. The two lines of Optax, `zero_nans`
 and a clip to norm 1, hold against everything here.
+
+With Adam, one huge sample does no harm without a clip either, and random labels leave 13, 38 and 65
+without one, 28, 86 and 98 with the z-score rule, 92 from step 0 on with the percentile and the
+automatic length, 34 and 68 with `clip_by_max_ema`; what held above holds here.
 """
 
 from __future__ import annotations
