@@ -273,10 +273,12 @@ def plot_optimizer(axis: Axes, runs: dict[str, Run], optimizer: str, baseline: f
     rates, top = RATES[optimizer], 1.35 * baseline
     for name, run in runs.items():
         medians = np.nan_to_num(np.median(run.error, axis=1), nan=np.inf)
-        axis.plot(rates, np.minimum(medians, top), label=name, markersize=5, **STYLES[name])
+        axis.plot(
+            rates, np.minimum(medians, top), label=name, clip_on=False, markersize=5, **STYLES[name]
+        )
     axis.axhline(baseline, color="black", linewidth=0.8, linestyle="--")
     axis.annotate("predicting the mean", (rates[0], baseline), (0, 3), textcoords="offset points")
-    axis.annotate("beyond", (rates[0], top), (0, -10), textcoords="offset points", fontsize=8)
+    axis.text(0.02, 0.95, "worse: at the upper edge", transform=axis.transAxes, fontsize=8)
     axis.set(xscale="log", xlabel="learning rate", title=optimizer, ylim=(None, top))
 
 
