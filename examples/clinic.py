@@ -151,7 +151,7 @@ TELLING = (
 )
 QUICK = ("none", "clip_by_norm 1")
 QUICK_CASES = (SEVERE, HEALTHY, VANISHING, CURED)
-CLIPS = ("clip_by_norm 1", "clip_by_zscore, cap 1", "normalize 1", "og.stabilize")
+RIVALS = ("none", "lr/10", "Adam", "RMSprop", "og.stabilize, Adam")  # not rules for gradients
 
 
 class Layers(NamedTuple):
@@ -348,7 +348,7 @@ class Results(NamedTuple):
     """What :func:`main` returns; arrays are ``[cases, seeds]``, for each remedy."""
 
     cases: list[Case]
-    score: dict[str, np.ndarray]  # percent
+    score: dict[str, np.ndarray]  # percent, -inf for NaN
     is_finite: dict[str, np.ndarray]  # whether the parameters are finite at the end
     diagnosis: list[og.Diagnosis]  # of the first gradients, for each case
 
@@ -381,7 +381,8 @@ def train_all(
         over_seeds = jax.vmap(partial(train, optimizers[name]), (None, None, 0, 0))
         over_cases = jax.jit(jax.vmap(over_seeds, (None, 0, 0, None)))
         runs = [over_cases(data, ward.kinds, ward.params, ward.order) for ward in wards]
-        scores[name], finite[name] = map(np.concatenate, zip(*jax.device_get(runs), strict=True))
+        found, finite[name] = map(np.concatenate, zip(*jax.device_get(runs), strict=True))
+        scores[name] = np.nan_to_num(found, nan=-np.inf, neginf=-np.inf, posinf=-np.inf)
     ordered = [case for ward in wards for case in ward.cases]
     rows = [ordered.index(case) for case in cases]
     diagnosis = [first_diagnosis(ward, data, i) for ward in wards for i in range(len(ward.cases))]
@@ -399,7 +400,7 @@ def cell(results: Results, case: Case, remedy: str) -> str:
     if lost == len(results.score[remedy][0]):
         return "NaN"
     median = results.median(case, remedy)
-    text = f"{median:.0f}" if median > -0.5 else "< 0"
+    text = f"{round(median)}" if median > -0.5 else "< 0"
     return f"{text} ({lost} NaN)" if lost else text
 
 
@@ -433,7 +434,7 @@ def best_remedy(results: Results, case: Case, names: Iterable[str]) -> str:
 def advise(results: Results) -> list[str]:
     """What to use when, from the figures of this very run."""
     healthy, treatable, hopeless = [], [], []
-    rules = [name for name in CLIPS if name in results.score]
+    rules = [name for name in results.score if name not in RIVALS]
     quote = partial(cell, results)
     for case in results.cases:
         best = best_remedy(results, case, results.score)
@@ -443,7 +444,7 @@ def advise(results: Results) -> list[str]:
             hopeless.append(f"{text}, at best {best} {quote(case, best)}{_way_out(results, case)}")
         elif gain < 5 and not results.num_lost(case, "none"):
             harmed = min(rules, key=partial(results.median, case))
-            healthy.append(f"{text}; a rule at worst {harmed} {quote(case, harmed)}")
+            healthy.append(f"{text}; most harm by {harmed} {quote(case, harmed)}")
         else:
             rule = best_remedy(results, case, rules)
             treatable.append(f"{text}, {rule} {quote(case, rule)}, best {best} {quote(case, best)}")
@@ -479,15 +480,20 @@ def to_cells(results: Results) -> list[dict]:
         {
             "rule": name,
             "case": str(case),
-            "value": float(np.median(scores)),
-            "low": float(scores.min()),
-            "high": float(scores.max()),
+            "value": _number(np.median(scores)),
+            "low": _number(scores.min()),
+            "high": _number(scores.max()),
             "nonfinite_seeds": results.num_lost(case, name),
             "seeds": len(scores),
         }
         for name, of_cases in results.score.items()
         for case, scores in zip(results.cases, of_cases, strict=True)
     ]
+
+
+def _number(value: Any) -> float | None:
+    """JSON knows no infinity."""
+    return float(value) if np.isfinite(value) else None
 
 
 def save_json(path: Path, args: argparse.Namespace, results: Results) -> None:
