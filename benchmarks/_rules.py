@@ -49,6 +49,7 @@ ADAPTIVE: dict[str, Rule] = {
     "clip_by_median": before(og.clip_by_median()),
     "clip_by_ema": before(og.clip_by_ema()),
     "clip_by_max_ema": before(og.clip_by_max_ema()),
+    "clip_by_update_ratio": og.clip_by_update_ratio,
     "normalize_by_ema_norm": before(og.normalize_by_ema_norm()),
     "normalize_and_scale": before(og.normalize_and_scale(1.0)),
     "normalize_and_scale_auto": before(og.normalize_and_scale("auto")),

@@ -126,6 +126,7 @@ def make_methods(learning_rate: float) -> dict[str, optax.GradientTransformation
     methods = {name: optax.chain(clip, sgd) for name, clip in clips.items()}
     methods |= {
         "clip_by_relative_change": optax.chain(sgd, og.clip_by_relative_change()),
+        "clip_by_update_ratio": og.clip_by_update_ratio(sgd),
         "optax.apply_if_finite": optax.apply_if_finite(sgd, 5),
         "lr/10": optax.sgd(learning_rate / 10),
         "adam": optax.adam(2e-3),

@@ -15,6 +15,11 @@ from optax_guard.clipping.by_relative_change import (
     clip_by_relative_change,
 )
 from optax_guard.clipping.by_rms import ClipByRmsState, clip_by_rms
+from optax_guard.clipping.by_update_ratio import (
+    ClipByUpdateRatioState,
+    UpdateRatioHistory,
+    clip_by_update_ratio,
+)
 from optax_guard.clipping.by_zscore import ClipByZscoreState, ZscoreHistory, clip_by_zscore
 from optax_guard.constraining.box import ClipParamsState, clip_params
 from optax_guard.constraining.l1 import AddL1State, add_l1
@@ -50,6 +55,7 @@ __all__ = [
     "ClipByPercentileState",
     "ClipByRelativeChangeState",
     "ClipByRmsState",
+    "ClipByUpdateRatioState",
     "ClipByZscoreState",
     "ClipParamsByNormState",
     "ClipParamsState",
@@ -69,6 +75,7 @@ __all__ = [
     "RollbackState",
     "SkipMicrobatchState",
     "SpikeState",
+    "UpdateRatioHistory",
     "ZeroNonfiniteState",
     "ZscoreHistory",
     "add_l1",
@@ -82,6 +89,7 @@ __all__ = [
     "clip_by_percentile",
     "clip_by_relative_change",
     "clip_by_rms",
+    "clip_by_update_ratio",
     "clip_by_zscore",
     "clip_params",
     "clip_params_by_norm",

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard._scopes import Groups, make_groups
 
@@ -73,9 +74,20 @@ def squared_sum(leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.
         # A dot product, because XLA merges sum(g * g) with the g * g of Adam into one
         # materialised square. HIGHEST: TPUs would multiply in bfloat16.
         return lax.dot_general(
-            leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+            leaf,
+            leaf,
+            ((axes, axes), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            out_sharding=_sharding_of_sum(leaf),
         )
     return jnp.sum(leaf * leaf, axis=axes, keepdims=True)
+
+
+def _sharding_of_sum(leaf: jax.Array) -> NamedSharding | None:
+    """On a mesh of explicit axes that split the leaf, JAX wants to be told: on every device."""
+    sharding = jax.typeof(leaf).sharding
+    is_split = any(axis is not None for axis in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if is_split else None
 
 
 def _rescaled_sum(

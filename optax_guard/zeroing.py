@@ -80,8 +80,8 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
         arrays, counts = [], []
         for leaf in split.arrays:
             is_bad = ~jnp.isfinite(leaf)
-            if scope == "leaf":
-                is_bad = jnp.broadcast_to(jnp.any(is_bad), leaf.shape)
+            if scope == "leaf":  # like the leaf in its sharding, too, which a select demands
+                is_bad = is_bad | jnp.any(is_bad)
             arrays.append(jnp.where(is_bad, jnp.zeros_like(leaf), leaf))
             counts.append(jnp.sum(is_bad, dtype=jnp.int32))
         per_leaf = jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)

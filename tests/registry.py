@@ -222,6 +222,17 @@ ROWS = [
         takes_axis_name=False,
         inject=Inject(og.clip_by_relative_change, {"max_relative": 0.1, "max_absolute": 0.02}),
     ),
+    _wrapper(
+        "clip_by_update_ratio",
+        lambda inner, **kw: og.clip_by_update_ratio(
+            inner, max_ratio=0.04, warmup_steps=3, measure_every=3, **kw
+        ),
+        optax.sgd(0.1),
+        on_bad="passes",
+        inject=Inject(
+            lambda ratio: og.clip_by_update_ratio(optax.sgd(0.1), max_ratio=ratio), {"ratio": 0.04}
+        ),
+    ),
     # Normalising
     Row(
         "normalize_and_scale",

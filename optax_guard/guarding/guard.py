@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jax import lax
 
 from optax_guard._arrays import increment, tree_where
 from optax_guard._checks import check_axis_name, check_count, check_flag, check_transformation
+from optax_guard._inner import gradient_like, tolerant_update
 from optax_guard._norms import AxisName, psum
 from optax_guard._states import factory_name, is_wrapper_state, own_states
 from optax_guard._trees import float_leaves, strong
@@ -155,7 +155,7 @@ def guard(
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
         _check_nesting(inner_state)
-        num_leaves = len(float_leaves(_gradient_like(params)).arrays)
+        num_leaves = len(float_leaves(gradient_like(params)).arrays)
 
         def zeros(dtype, *shape):  # a new buffer each time: none can be donated twice
             return jnp.zeros(shape, dtype)
@@ -314,26 +314,6 @@ def _check_nesting(inner_state: Any) -> None:
                 f"all that is in it stays as it was. Write og.{name}(og.guard(optimizer)) instead "
                 f"of og.guard(og.{name}(optimizer))."
             )
-
-
-def tolerant_update(inner: optax.GradientTransformation) -> Any:
-    """``inner.update`` without the extra args that it does not take."""
-    update = inner.update  # not that of with_extra_args_support: it drops those of MultiSteps
-    kinds = inspect.signature(update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in kinds):
-        return update
-    names = {parameter.name for parameter in kinds}
-
-    def tolerant(updates, state, params=None, **extra_args):
-        known = {name: value for name, value in extra_args.items() if name in names}
-        return update(updates, state, params, **known)
-
-    return tolerant
-
-
-def _gradient_like(params: Any) -> Any:
-    """The part of ``params`` whose structure the gradients have."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:

@@ -10,9 +10,9 @@ import optax
 
 from optax_guard._arrays import times
 from optax_guard._checks import check_count, check_number, check_transformation
+from optax_guard._inner import tolerant_update
 from optax_guard._states import states_of_type
 from optax_guard._trees import float_leaves, strong
-from optax_guard.guarding.guard import tolerant_update
 from optax_guard.recovering._verdict import require_guard, verdict
 from optax_guard.recovering.rollback import RollbackState
 

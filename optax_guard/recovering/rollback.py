@@ -11,11 +11,11 @@ from jax import lax
 
 from optax_guard._arrays import increment, update_towards
 from optax_guard._checks import check_axis_name, check_count, check_transformation
+from optax_guard._inner import tolerant_update
 from optax_guard._norms import AxisName, psum
 from optax_guard._states import optimizer_part, with_optimizer_part
 from optax_guard._trees import float_leaves, is_inexact, strong
 from optax_guard.guarding._finite import is_nonfinite, stack_flags
-from optax_guard.guarding.guard import tolerant_update
 from optax_guard.recovering._verdict import require_guard, verdict
 
 

@@ -17,11 +17,12 @@ from optax_guard._checks import (
     check_number,
     check_transformation,
 )
+from optax_guard._inner import tolerant_update
 from optax_guard._norms import AxisName
 from optax_guard._states import is_wrapper_state, states_of_type
 from optax_guard._trees import float_leaves, is_inexact, strong
 from optax_guard.guarding._evaluate import measure_gradients, propose, run
-from optax_guard.guarding.guard import GuardState, tolerant_update
+from optax_guard.guarding.guard import GuardState
 
 _LARGEST_SCALE = 2.0**126  # its reciprocal is no subnormal float32
 
