@@ -333,10 +333,12 @@ def make_order(data: _demo.Dataset, seeds: int, steps: int) -> jax.Array:
 
 def first_diagnosis(ward: Ward, data: _demo.Dataset, index: int) -> og.Diagnosis:
     """What :func:`og.diagnose` says of the weights' first gradients, of the first seed."""
-    kind = jax.tree.map(lambda leaf: leaf[index], ward.kinds)
-    params = jax.tree.map(lambda leaf: leaf[index, 0], ward.params)
-    rows = ward.order[0, 0]
+    kinds, all_params, order = jax.device_get((ward.kinds, ward.params, ward.order))
+    kind = jax.tree.map(lambda leaf: leaf[index], kinds)
+    params = jax.tree.map(lambda leaf: leaf[index, 0], all_params)
+    rows = order[0, 0]
     grads = _gradient(params, kind, data.train_images[rows], data.train_labels[rows])
+    grads = jax.device_get(grads)
     weights = [[list(layers.kernel) for layers in tree] for tree in (grads, params)]
     return og.diagnose(*weights)
 
