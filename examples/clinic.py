@@ -1,9 +1,35 @@
 """The clinic: deep and badly initialised networks, and what each remedy does for them.
 
-python examples/clinic.py                    # see below for times
-python examples/clinic.py --full             # every activation, initialisation and remedy
-python examples/clinic.py --case regressor   # 1000-100-10, targets of unscaled size
-python examples/clinic.py --case classifier [--data DIR]   # 784-128-64-10; MNIST from IDX files
+    python examples/clinic.py                    # 4 minutes of CPU time
+    python examples/clinic.py --full             # every activation, initialisation and remedy
+    python examples/clinic.py --case regressor   # 1000-100-10, targets of unscaled size: 2 minutes
+    python examples/clinic.py --case classifier [--data DIR]   # 784-128-64-10; MNIST from IDX files
+
+Networks of 20 layers of 32 units, and one of two hidden layers, learn 8x8 digits for 300 steps of
+32 by SGD at learning rate 0.1 (Adam and RMSprop 0.002). Expected, test accuracy in per cent, median
+of 8 seeds; NaN: no seed has finite parameters at the end; some of the twelve columns:
+
+                              none lr/10 Adam value norm normalize param  relative
+                                                 .5    1         1  norm    change
+    20x32 relu, He              16    32   84    22   58        59    49        53
+    20x32 PReLU, He             19    75   91    31   80        80    67        77
+    20x32 relu, N(0,1)         NaN   NaN   17     8   13        13    16         8
+    64-128-64-10 relu, N(0,1)   74    90   86    96   81        81    83        92
+    64-128-64-10 relu, He       97    86   98    97   97        97    89        97
+    20x32 tanh + BN, U(±.05)    18    84   77    19   77        77    60        33
+    20x32 tanh + BN, He         94    80   93    94   88        88    65        93
+    20x32 tanh, U(±.05)          8     8    8     8    8         9     8         8
+    20x32 sigmoid, Xavier        9     8    8     9    9        10     8         9
+    20x32 tanh, Xavier          82    61   89    84   82        82    71        84
+
+A network that explodes later in training is helped by a clip, more by Adam or RMSprop. A hopeless
+initialisation is kept finite and not cured. No scaling of gradients brings back what has vanished
+on its way through the layers; Xavier instead of U(±.05), tanh instead of sigmoid, or BatchNorm
+does. A clip is not free: a healthy deep network with BatchNorm loses some points. The script ends
+with the same advice, drawn from the figures of its own run.
+
+In the regressor the right limit is far from 1: after 300 steps `clip_by_norm(1)` explains 6 % of
+the variance, lr/10 95 % and `clip_by_relative_change()` 94 %, where plain SGD is NaN.
 """
 
 from __future__ import annotations

@@ -1,7 +1,32 @@
 """A recommender at learning rates that are too high: embeddings, sparse gradients, Clippy.
 
-python examples/recommender.py                    # see below for times
-python examples/recommender.py --data ratings.csv # MovieLens; u.data of the 100k set, too
+    python examples/recommender.py                     # 2 minutes of CPU time
+    python examples/recommender.py --data ratings.csv  # MovieLens; u.data of the 100k set, too
+
+Factorisation with biases plus a small network predicts ratings (synthetic: a truth of rank 4, few
+popular items) from 36,000 of them in 600 steps of 128. In a step 87 % of the embedding rows have a
+gradient of zero. Expected, root mean squared error on ratings held out, median of 2 seeds;
+predicting the mean gives 0.962:
+
+                                     adagrad                   adam
+    learning rate               0.1    0.3      1      3     0.01   0.03    0.1    0.3
+    none                      0.799  0.744  0.633   14.9    0.571  0.650   1.88   15.1
+    clip_by_norm 1            0.801  0.736  0.633  0.568    0.570  0.655   1.71   12.1
+    clip_by_zscore            0.801  0.744  0.633   14.1    0.575  0.652   1.95   14.4
+    clip_by_param_norm, rows  0.885  0.839  0.805  0.695    0.602  0.698   1.71   11.4
+    clip_by_relative_change   0.802  0.802  0.803  0.803    0.582  0.588  0.586  0.588
+    og.stabilize              0.801  0.737  0.633  0.568    0.570  0.656   1.76   12.2
+
+Adam undoes most of what is done to the length of a gradient before it, so that none of the clips
+in front saves its high rates. `clip_by_relative_change`, which acts on the update itself, makes
+them all equally good, nearly as good as the best rate without it. With Adagrad it does not win: it
+has one factor for a whole array, so that the most extreme row of an embedding table holds back all
+of them; a plain norm of 1 learns more at every rate above 0.1. At a well chosen rate (Adam, 0.01)
+nothing needs protection.
+
+Reference: Tang et al., Improving training stability for multitask ranking models in recommender
+systems, 2023, https://arxiv.org/abs/2302.09178 (Clippy). There Adagrad trains a ranking network so
+large that clipping the norm does not save it; at the size of this one it does.
 """
 
 from __future__ import annotations
