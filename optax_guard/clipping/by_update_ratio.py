@@ -20,6 +20,8 @@ from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping._history import FirstNorms, add_to_first, no_first_norms
 
 _DISTRUST = 0.1  # power of the excess by which a gradient far beyond the limit is cut shorter still
+_EARLY_STEPS = 3  # the median of as many norms is a usual one, whichever of them is wrong
+_LONGEST_PROBE = 1e12
 
 
 class UpdateRatioHistory(NamedTuple):
@@ -84,13 +86,15 @@ def clip_by_update_ratio(
         r        =  max_ratio / (response * q(g))       what max_ratio allows, over the norm
         median   =  median of the first `warmup_steps` norms n, or of those so far, n included
         g        <- g * min(1, median_ratio * median / n, r * min(1, r)**0.1)
+        n        <= max_norm, too, in the first 3 steps
 
     ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are
     usual in this run; it is frozen after ``warmup_steps`` and so cannot follow an explosion. The
     second knows when a step is too large for the weights that it meets. It needs no history, so
     that the very first step is bounded, and no choice of units: multiplying the loss by 64 and
     dividing the learning rate by 64 changes nothing, other than for a limit on the norm. What
-    goes far beyond it is trusted a little less, by the power 0.1.
+    goes far beyond it is trusted a little less, by the power 0.1. The third limit is for
+    optimizers that a single enormous first gradient would leave with enormous second moments.
 
     The response is measured by evaluating ``optimizer`` twice more, once without a gradient, in
     steps 0, 1, 2, 4, 8, ... and in every ``measure_every``-th, each time with the norms of the
@@ -107,8 +111,8 @@ def clip_by_update_ratio(
       max_ratio: scalar in (0, inf), largest change of the weights in one step, relative to their
         norm, root sum square over the arrays; that of a gradient alone, without momentum.
       median_ratio: scalar in (0, inf], in units of the median norm.
-      max_norm: scalar in (0, inf], limit on the norm for parameters that are all of rank 0 and 1,
-        or zero at ``init``.
+      max_norm: scalar in (0, inf], limit on the norm in the first 3 steps; in all, for parameters
+        that are all of rank 0 and 1, or zero at ``init``.
       warmup_steps: static integer >= 1.
       measure_every: static integer >= 1.
       axis_name: mesh axes over which gradients and parameters are sharded inside ``shard_map``.
@@ -186,8 +190,8 @@ def clip_by_update_ratio(
         first = tree_where(is_usable, add_to_first(first, safe_norm), first)
         median_limit = jnp.asarray(median_ratio, norm.dtype) * first.median
 
-        # As large a gradient as is let through below if the response is not known yet.
-        scale = jnp.minimum(1, safe_ratio(median_limit, safe_norm))
+        # As long a gradient as the first limit lets through, and one whose squares fit float32.
+        scale = jnp.minimum(1, safe_ratio(jnp.minimum(median_limit, _LONGEST_PROBE), safe_norm))
         step = state.update_ratio_steps
         is_power_of_two = (step & (step - 1)) == 0  # and 0
         is_due = is_usable & (is_power_of_two | (step % measure_every == 0))
@@ -204,6 +208,7 @@ def clip_by_update_ratio(
         ratio_limit = _ratio_limit(max_ratio, response, norm, leaf_norms, weight_norms)
         has_weights = jnp.any(weight_norms > 0)
         limit = jnp.minimum(median_limit, jnp.where(has_weights, ratio_limit, max_norm))
+        limit = jnp.where(first.count <= _EARLY_STEPS, jnp.minimum(limit, max_norm), limit)
         limit = jnp.minimum(limit, safe_norm).astype(norm.dtype)
         is_over = is_usable & (safe_norm > limit)
         scaling = Scaling((norm,), measured.scaled, (limit,), (is_over,))

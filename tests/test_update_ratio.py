@@ -1,0 +1,224 @@
+"""``clip_by_update_ratio`` against a NumPy float64 reference, and what it promises."""
+
+from __future__ import annotations
+
+import functools
+
+import assertions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_guard as og
+
+LEARNING_RATE = 0.1
+
+
+def params(seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    values = {
+        "bias": rng.normal(size=4),
+        "first": rng.normal(size=(3, 4)),
+        "second": 0.1 * rng.normal(size=(4, 2)),
+        "zero": np.zeros((2, 2)),
+    }
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def gradients(step: int, length: float = 1.0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1000 + step)
+    values = {name: rng.normal(size=leaf.shape) for name, leaf in params().items()}
+    total = np.sqrt(sum(np.sum(value**2) for value in values.values()))
+    return {
+        name: jnp.asarray(value * length / total, jnp.float32) for name, value in values.items()
+    }
+
+
+LENGTHS = np.exp(np.random.default_rng(5).normal(size=60))
+LENGTHS[[0, 7, 30]] *= 1000
+
+
+def norm(tree, names=("first", "second")):
+    """Of the weights that count, relative to their own norms where these are given."""
+    return {name: np.linalg.norm(np.asarray(tree[name], np.float64)) for name in names}
+
+
+def reference(
+    weights, stream, *, max_ratio=0.03, median_ratio=3.0, max_norm=0.2, warmup=10, every=8
+):
+    """Parameters after plain SGD, all in float64, written from the formula of the docstring."""
+    theta = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    initial = norm(theta)
+    scale, first = dict(initial), []
+    for step, gradient in enumerate(stream):
+        gradient = {name: np.asarray(value, np.float64) for name, value in gradient.items()}
+        n = np.sqrt(sum(np.sum(value**2) for value in gradient.values()))
+        if step % every == 0 or (step & (step - 1)) == 0:
+            scale = {name: max(initial[name], value) for name, value in norm(theta).items()}
+        if len(first) < warmup:
+            first.append(n)
+        q = np.sqrt(sum((value / scale[name]) ** 2 for name, value in norm(gradient).items()))
+        r = max_ratio / (LEARNING_RATE * q)
+        factor = min(1, median_ratio * np.median(first) / n, r * min(1, r) ** 0.1)
+        factor = min(factor, max_norm / n) if step < 3 else factor
+        theta = {k: v - LEARNING_RATE * factor * gradient[k] for k, v in theta.items()}
+    return theta
+
+
+def train(tx, weights, stream):
+    state = tx.init(weights)
+    step = jax.jit(tx.update)
+    for gradient in stream:
+        updates, state = step(gradient, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    return weights, state
+
+
+def sgd(learning_rate=LEARNING_RATE):
+    return optax.sgd(learning_rate)
+
+
+def test_follows_its_formula():
+    stream = [gradients(step, length) for step, length in enumerate(LENGTHS)]
+    tx = og.clip_by_update_ratio(sgd(), max_norm=0.2, warmup_steps=10, measure_every=8)
+    actual, state = train(tx, params(), stream)
+    expected = jax.tree.map(np.float32, reference(params(), stream))
+    assertions.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < int(state.update_ratio_clipped_total) < len(stream)  # the trace meets both cases
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e6, 1e30])
+def test_no_step_of_sgd_changes_the_weights_by_more_than_max_ratio(length):
+    tx = og.clip_by_update_ratio(sgd(), max_ratio=0.02)
+    weights = params()
+    updates, _ = tx.update(gradients(0, length), tx.init(weights), weights)
+    change = {k: v / norm(weights)[k] for k, v in norm(updates).items()}
+    assert np.sqrt(sum(np.square(list(change.values())))) <= 0.02 * (1 + 1e-5)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in updates.values())
+
+
+def test_small_gradients_pass_bit_for_bit():
+    stream = [gradients(step, 1e-3) for step in range(3)]
+    actual, _ = train(og.clip_by_update_ratio(sgd()), params(), stream)
+    expected, _ = train(sgd(), params(), stream)
+    assertions.assert_same_bits(actual, expected)
+
+
+def test_units_of_the_loss_do_not_matter():
+    stream = [gradients(step, length) for step, length in enumerate(LENGTHS)]
+    larger = jax.tree.map(lambda leaf: 64 * leaf, stream)
+    clip = functools.partial(og.clip_by_update_ratio, max_norm=np.inf)
+    expected, _ = train(clip(sgd()), params(), stream)
+    actual, _ = train(clip(sgd(LEARNING_RATE / 64)), params(), larger)
+    assertions.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        sgd(),
+        optax.sgd(LEARNING_RATE, momentum=0.9),
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LEARNING_RATE, momentum=0.9)),
+    ],
+    ids=["sgd", "momentum", "momentum-decay"],
+)
+def test_response_of_sgd_is_its_learning_rate(optimizer):
+    _, state = train(
+        og.clip_by_update_ratio(optimizer), params(), [gradients(step) for step in range(9)]
+    )
+    np.testing.assert_allclose(state.update_ratio_response, LEARNING_RATE, rtol=1e-3)
+
+
+def test_response_follows_a_schedule_that_begins_at_zero():
+    rates = optax.linear_schedule(0.0, 0.1, 32)
+    tx = og.clip_by_update_ratio(optax.sgd(rates), measure_every=8)
+    state, seen = tx.init(params()), []
+    for step in range(33):
+        _, state = tx.update(gradients(step), state, params())
+        seen.append(float(state.update_ratio_response))
+    measured_at = [0, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 16]
+    np.testing.assert_allclose(seen[:17], rates(np.array(measured_at)), rtol=1e-5)
+    np.testing.assert_allclose(seen[-1], 0.1, rtol=1e-5)
+
+
+def test_max_norm_holds_for_three_steps():
+    tx = og.clip_by_update_ratio(optax.trace(0.0), max_ratio=1e9, max_norm=0.5)
+    state, norms = tx.init(params()), []
+    for step, length in enumerate([100.0, 1.0, 1.0, 1.0, 100.0]):
+        updates, state = tx.update(gradients(step, length), state, params())
+        norms.append(float(optax.global_norm(updates)))
+    np.testing.assert_allclose(norms, [0.5, 0.5, 0.5, 1.0, 3.0], rtol=1e-5)
+
+
+def test_max_norm_bounds_what_has_no_weights_to_compare_with():
+    zeros = {"bias": jnp.ones(3), "kernel": jnp.zeros((3, 2))}
+    tx = og.clip_by_update_ratio(sgd(1.0), max_norm=0.5)
+    large = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e6), zeros)
+    updates, _ = tx.update(large, tx.init(zeros), zeros)
+    np.testing.assert_allclose(optax.global_norm(updates), 0.5, rtol=1e-6)
+
+
+def test_arrays_that_grow_may_change_more():
+    weights = {"kernel": jnp.full((2, 2), 0.1)}
+    tx = og.clip_by_update_ratio(sgd(), measure_every=1)
+    _, state = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(weights), weights)
+    grown = {"kernel": jnp.full((2, 2), 10.0)}
+    _, state = tx.update({"kernel": jnp.ones((2, 2))}, state, grown)
+    np.testing.assert_allclose(state.update_ratio_weight_norms, [20.0], rtol=1e-6)
+    shrunk = {"kernel": jnp.full((2, 2), 1e-3)}
+    _, state = tx.update({"kernel": jnp.ones((2, 2))}, state, shrunk)
+    np.testing.assert_allclose(state.update_ratio_weight_norms, [0.2], rtol=1e-6)
+
+
+def test_works_without_params_for_an_optimizer_that_needs_none():
+    stream = [gradients(step, 10.0) for step in range(4)]
+    tx = og.clip_by_update_ratio(sgd(), measure_every=1000)
+    state = without = tx.init(params())
+    for gradient in stream:
+        expected, state = tx.update(gradient, state, params())
+        actual, without = tx.update(gradient, without)
+        assertions.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.lookahead(sgd(), 3, 0.5), optax.contrib.muon(0.02), optax.lion(1e-3)],
+    ids=["lookahead", "muon", "lion"],
+)
+def test_wraps_optimizers_of_every_kind(optimizer):
+    weights = params()
+    if optimizer.init.__qualname__.startswith("lookahead"):
+        weights = optax.LookaheadParams.init_synced(weights)
+    tx = og.guard(og.clip_by_update_ratio(optimizer))
+    state = tx.init(weights)
+    step = jax.jit(tx.update)
+    for index in range(6):
+        bad = jnp.nan if index == 2 else 1.0
+        gradient = jax.tree.map(lambda leaf: leaf * bad, gradients(index))  # noqa: B023
+        updates, state = step(gradient, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(weights))
+    assert float(state.inner_state.update_ratio_response) > 0
+    assert int(state.skipped_total) == 1
+
+
+def test_accumulates_inside_multi_steps():
+    tx = optax.MultiSteps(og.clip_by_update_ratio(sgd()), 2).gradient_transformation()
+    actual, _ = train(tx, params(), [gradients(0), gradients(0), gradients(1), gradients(1)])
+    expected, _ = train(og.clip_by_update_ratio(sgd()), params(), [gradients(0), gradients(1)])
+    assertions.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_two_of_three_evaluations_of_the_optimizer_sit_in_a_branch():
+    calls = []
+
+    def update(updates, state, params=None):
+        calls.append(None)
+        return updates, state
+
+    tx = og.clip_by_update_ratio(optax.GradientTransformation(lambda _: (), update))
+    jaxpr = jax.make_jaxpr(tx.update)(gradients(0), tx.init(params()), params())
+    assert len(calls) == 3
+    assert any(equation.primitive.name == "cond" for equation in jaxpr.eqns)
