@@ -25,8 +25,8 @@ of them; a plain norm of 1 learns more at every rate above 0.1. At a well chosen
 nothing needs protection.
 
 Reference: Tang et al., Improving training stability for multitask ranking models in recommender
-systems, 2023, https://arxiv.org/abs/2302.09178 (Clippy). There Adagrad trains a ranking network so
-large that clipping the norm does not save it; at the size of this one it does.
+systems, 2023, https://arxiv.org/abs/2302.09178 (Clippy). There Adagrad trains a ranking network
+that clipping the norm did not save; at the size of this one it does.
 """
 
 from __future__ import annotations
