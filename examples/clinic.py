@@ -165,15 +165,16 @@ def make_remedies() -> dict[str, optax.GradientTransformation]:
         **{name: optax.chain(remedy, sgd) for name, remedy in before.items()},
         **{name: optax.chain(sgd, remedy) for name, remedy in after.items()},
         "4 batches a step": optax.MultiSteps(sgd, 4).gradient_transformation(),
-        "og.stabilize": og.stabilize(sgd),
-        "og.stabilize, Adam": og.stabilize(optax.adam(2e-3)),
+        "clip_by_update_ratio": unstacked(og.clip_by_update_ratio(sgd)),
+        "og.stabilize": unstacked(og.stabilize(sgd)),
+        "og.stabilize, Adam": unstacked(og.stabilize(optax.adam(2e-3))),
     }
 
 
 TELLING = (
     *("none", "lr/10", "Adam", "RMSprop", "clip by value .5", "clip_by_norm 1"),
     *("clip_by_zscore", "clip_by_zscore, cap 1", "clip_by_percentile", "clip_by_param_norm"),
-    *("clip_by_relative_change", "normalize 1"),
+    *("clip_by_update_ratio", "clip_by_relative_change", "normalize 1"),
 )
 QUICK = ("none", "clip_by_norm 1")
 QUICK_CASES = (SEVERE, HEALTHY, VANISHING, CURED)

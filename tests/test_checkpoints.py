@@ -298,7 +298,7 @@ def test_the_old_state_lacks_one_field():
 
 def test_a_checkpoint_that_lacks_a_field_is_refused_with_its_name(tmp_path):
     save_old(tmp_path / "state", 1)
-    with pytest.raises(ValueError, match=rf"do not match:\s+opt_state\.{MISSING}:"):
+    with pytest.raises(ValueError, match=rf"do not match:\s.*opt_state.*{MISSING}"):
         restore(tmp_path / "state", abstract(Run(stabilized(), 1).tree))
 
 

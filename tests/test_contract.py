@@ -508,8 +508,16 @@ def test_sharded_jit_equals_one_device(row):
     assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-# In JAX 0.12 the axes of a mesh are explicit by default: their shardings are part of types.
-@rows(is_slow=lambda row: row.name not in ("clip_by_norm", "guard-adam", "stabilize"))
+# In JAX 0.12 the axes of a mesh are explicit by default: their shardings are part of types, and
+# every form of sum and select must accept them. One row for each form.
+FORMS = (
+    *("clip_by_norm", "guard-adam", "stabilize", "clip_by_norm-unit", "clip_by_max_ema"),
+    *("normalize_by_ema_norm", "clip_by_relative_change", "rollback", "clip_params_by_norm"),
+    *("zero_nonfinite-leaf",),
+)
+
+
+@rows(lambda row: row.name in FORMS, is_slow=lambda row: row.name not in FORMS[:3])
 def test_jit_on_an_explicit_mesh_equals_one_device(row):
     expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
     params = shard(PARAMS, specs(PARAMS), AxisType.Explicit)
