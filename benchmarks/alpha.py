@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +34,19 @@ CONDITIONS = {  # scale of the initial weights, factor of the loss
     "loss x 64": (1.0, 64.0),
     "weights x 3": (3.0, 1.0),
 }
-RULES = {
-    "none": optax.identity(),
-    "clip_by_norm(1)": og.clip_by_norm(1.0),
-    **{f"alpha={alpha}": og.normalize_and_scale(alpha) for alpha in (0.01, 0.1, 0.3, 1.0, 3.0)},
-    'alpha="auto"': og.normalize_and_scale("auto"),
+Rule = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+
+def before(clip: optax.GradientTransformation) -> Rule:
+    return lambda optimizer: optax.chain(clip, optimizer)
+
+
+RULES: dict[str, Rule] = {
+    "none": before(optax.identity()),
+    "clip_by_norm(1)": before(og.clip_by_norm(1.0)),
+    "clip_by_update_ratio": og.clip_by_update_ratio,
+    **{f"alpha={a}": before(og.normalize_and_scale(a)) for a in (0.01, 0.1, 0.3, 1.0, 3.0)},
+    'alpha="auto"': before(og.normalize_and_scale("auto")),
 }
 
 
@@ -68,13 +76,11 @@ def predict(params: Any, images: jax.Array) -> jax.Array:
     return images @ weights + bias
 
 
-def train(
-    rule: optax.GradientTransformation, condition: str, num_steps: int, data: Any, seed: jax.Array
-) -> jax.Array:
+def train(rule: Rule, condition: str, num_steps: int, data: Any, seed: jax.Array) -> jax.Array:
     """Test accuracy in per cent."""
     weight_scale, loss_factor = CONDITIONS[condition]
     (images, labels), (test_images, test_labels) = data
-    tx = optax.chain(rule, optax.sgd(LEARNING_RATE))
+    tx = rule(optax.sgd(LEARNING_RATE))
     init_key, batch_key = jax.random.split(jax.random.key(seed))
     params = init(init_key, weight_scale)
 

@@ -1,6 +1,7 @@
 """What a guard adds to the communication of a sharded training step, read off the compiled program.
 
     python -m benchmarks.collectives            # 4 minutes on 2 cores; 512 virtual CPU devices
+    python -m benchmarks.collectives --layouts --large "107B on 1024 devices"
     python -m benchmarks.collectives --quick    # 8 virtual devices
 
 Nothing is run: programs are compiled for shapes, on virtual CPU devices. First a small transformer
@@ -33,7 +34,6 @@ from benchmarks import _harness, _hlo, _report, _setups
 from benchmarks._setups import BARE, Optimizer
 
 NUM_DEVICES = 8
-NUM_DEVICES_LARGE = 512
 QUICK_VARIANTS = (BARE, "og.guard", "og.guard, zscore")
 VARIANTS: dict[str, Callable[[Optimizer, Any], Optimizer]] = {
     BARE: lambda tx, axes: tx,
@@ -42,6 +42,7 @@ VARIANTS: dict[str, Callable[[Optimizer, Any], Optimizer]] = {
         optax.chain(optax.clip_by_global_norm(1.0), tx), 5
     ),
     "og.guard": lambda tx, axes: og.guard(tx, axis_name=axes),
+    "og.stabilize": lambda tx, axes: og.stabilize(tx, axis_name=axes),
     "og.guard, zscore": lambda tx, axes: og.guard(
         optax.chain(og.clip_by_zscore(axis_name=axes), tx), axis_name=axes
     ),
@@ -116,15 +117,16 @@ LAYOUTS = {
 }
 
 
-def llama_70b_shapes() -> dict[str, tuple[int, ...]]:
-    """The shapes of Llama 3 70B: 723 arrays, 70.6e9 numbers."""
-    width, hidden, grouped, vocabulary = 8192, 28672, 1024, 128_256
+def language_model_shapes(
+    *, depth: int, width: int, hidden: int, grouped: int, vocabulary: int
+) -> dict[str, tuple[int, ...]]:
+    """Nine arrays a layer and three more, as in Llama 3."""
     shapes: dict[str, tuple[int, ...]] = {
         "tokens": (vocabulary, width),
         "unembedding": (width, vocabulary),
         "norm": (width,),
     }
-    for layer in range(80):
+    for layer in range(depth):
         of_layer = {
             "attention/query": (width, width),
             "attention/key": (width, grouped),
@@ -138,6 +140,32 @@ def llama_70b_shapes() -> dict[str, tuple[int, ...]]:
         }
         shapes |= {f"layer{layer:02d}/{name}": shape for name, shape in of_layer.items()}
     return shapes
+
+
+class Large(NamedTuple):
+    """A model of which nothing is allocated, on devices that do not exist."""
+
+    num_devices: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def layout(self) -> Layout:
+        return Layout({"data": self.num_devices // 8, "model": 8}, _both)
+
+
+LARGE = {
+    "70B on 512 devices": Large(  # Llama 3 70B: 723 arrays, 70.6e9 numbers
+        512,
+        language_model_shapes(
+            depth=80, width=8192, hidden=28_672, grouped=1024, vocabulary=128_256
+        ),
+    ),
+    "107B on 1024 devices": Large(  # 579 arrays, 107e9 numbers
+        1024,
+        language_model_shapes(
+            depth=64, width=12_288, hidden=33_792, grouped=1024, vocabulary=256_000
+        ),
+    ),
+}
 
 
 def specs_of_state(
@@ -242,7 +270,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--optimizer", choices=list(_setups.OPTIMIZERS), default="adamw")
-    parser.add_argument("--no-large", action="store_true", help="leave the 70B shapes out")
+    large = next(iter(LARGE))
+    parser.add_argument("--large", nargs="*", choices=list(LARGE), help=f"default: {large}")
     _harness.add_output_arguments(parser, "collectives", plot=False)
     arguments = parser.parse_args(argv)
     if arguments.layouts is None:
@@ -250,7 +279,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.layouts = quick if arguments.quick else list(LAYOUTS)
     if arguments.variants is None:
         arguments.variants = list(QUICK_VARIANTS if arguments.quick else VARIANTS)
-    arguments.no_large |= arguments.quick
+    if arguments.large is None:
+        arguments.large = [] if arguments.quick else [large]
     return arguments
 
 
@@ -269,13 +299,12 @@ def use_virtual_devices(number: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = parse(argv)
-    use_virtual_devices(NUM_DEVICES if arguments.no_large else NUM_DEVICES_LARGE)
+    large = {name: LARGE[name] for name in arguments.large}
+    use_virtual_devices(max([NUM_DEVICES, *(model.num_devices for model in large.values())]))
     optimizer = _setups.OPTIMIZERS[arguments.optimizer]()
     toy = {name: leaf.shape for name, leaf in _setups.TREES["toy transformer"]().params.items()}
     work = [(name, toy, LAYOUTS[name]) for name in arguments.layouts]
-    if not arguments.no_large:
-        large = Layout({"data": NUM_DEVICES_LARGE // 8, "model": 8}, _both)
-        work.append(("70B on 512 devices", llama_70b_shapes(), large))
+    work += [(name, model.shapes, model.layout()) for name, model in large.items()]
     rows = []
     with _harness.progress("collectives", len(work) * len(arguments.variants)) as advance:
         for layout_name, shapes, layout in work:

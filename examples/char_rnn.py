@@ -12,7 +12,7 @@ text, and (skipped steps):
                               no fault    empty     exploding
     no protection             2.02 (0)     dead      3.84 (0)
     optax.zero_nans + clip 1  2.02 (0)   2.03 (0)    2.11 (0)
-    og.stabilize (clip 1)     2.02 (0)   2.03 (6)    2.11 (0)
+    og.stabilize              2.02 (0)   2.03 (6)    2.11 (0)
     og.guard + z-score        2.02 (0)   2.03 (6)    2.04 (0)
 
 Adam bounds the length of a step, and still a burst ruins it: three steps lead far off, and then the
@@ -130,7 +130,7 @@ def make_optimizers(learning_rate: float) -> dict[str, optax.GradientTransformat
     return {
         UNPROTECTED: adam,
         "optax.zero_nans + clip 1": optax.chain(*zero_nans_and_clip, adam),
-        "og.stabilize (clip 1)": og.stabilize(adam),
+        "og.stabilize": og.stabilize(adam),
         ZSCORE: og.guard(optax.chain(og.clip_by_zscore(), adam)),
     }
 
@@ -250,7 +250,7 @@ def make_table(runs: dict[tuple[str, str], Run]) -> Table:
 LINES = {
     UNPROTECTED: {"color": _demo.VERMILION},
     "optax.zero_nans + clip 1": {"color": _demo.GREEN, "linestyle": (0, (2, 3))},
-    "og.stabilize (clip 1)": {"color": _demo.SKY, "linestyle": (0, (5, 3))},
+    "og.stabilize": {"color": _demo.SKY, "linestyle": (0, (5, 3))},
     ZSCORE: {"color": _demo.BLUE},
 }
 

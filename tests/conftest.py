@@ -40,6 +40,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default_suite")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps on one worker what shares compiled functions: a row of the registry, or a file."""
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        group = f"{item.path.name}::{row.name}" if hasattr(row, "name") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs the test with float64 enabled."""

@@ -293,6 +293,7 @@ ROWS = [
     _wrapper(
         "stabilize",
         lambda inner, **kw: og.stabilize(inner, **kw),
+        is_variant=True,  # of clip_by_update_ratio
         inject=Inject(lambda lr: og.stabilize(_momentum(lr)), {"lr": 0.1}),
     ),
     # Loss scaling and recovery

@@ -50,7 +50,7 @@ def test_mlp_digits_guarded_runs_learn_and_unguarded_ones_die(tmp_path, capsys):
         if name.startswith("og."):
             assert results.is_alive[name].all(), name
             assert np.median(accuracy[[nan_pixel, burst]], axis=1).min() > 85, name
-    assert results.accuracy["og.stabilize (clip 1)"].min() > 80
+    assert results.accuracy["og.stabilize"].min() > 80
     assert results.accuracy["optax.zero_nans + clip 1"].min() > 80  # the strong rival
 
     unguarded = results.is_alive["no protection"]
@@ -86,6 +86,7 @@ def test_mlp_digits_reads_idx_data_and_takes_the_first_fault_from_the_command_li
     assert results.is_alive[mlp_digits.STABILIZED].all()
 
 
+@pytest.mark.slow
 def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
     path = tmp_path / "figures" / "rnn.png"
     results = rnn_temporal_order.main(["--quick", "--out", str(path)])
@@ -119,7 +120,7 @@ def test_history_digits_records_every_fault_where_it_happened(tmp_path, capsys):
         "hidden2/kernel"
     ]
     spiked = [history_digits.has_random_labels(step) for step in steps]
-    assert history.series("guard/norm_clip_last_scale")[spiked].max() < 0.01
+    assert history.series("guard/update_ratio_last_scale")[spiked].max() < 0.01
     printed = capsys.readouterr().out
     assert results.explanation in printed and "16 of 340 steps" in printed
 
@@ -207,6 +208,7 @@ def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed
 
 
+@pytest.mark.slow
 def test_char_rnn_survives_empty_and_exploding_batches_with_a_guard(tmp_path, capsys):
     results = char_rnn.main(["--quick", "--out", str(tmp_path / "char.png")])
     plain, guarded = char_rnn.UNPROTECTED, char_rnn.ZSCORE
@@ -329,6 +331,7 @@ def test_every_script_tells_its_options_and_how_to_run_it(script, capsys):
     assert f"python examples/{script.__name__}.py" in script.__doc__
 
 
+@pytest.mark.slow
 def test_clinic_tells_healthy_exploding_and_vanishing_networks_apart(tmp_path, capsys):
     picture, cells = tmp_path / "clinic.png", tmp_path / "clinic.json"
     results = clinic.main(["--quick", "--out", str(picture), "--json", str(cells)])
@@ -474,6 +477,7 @@ def test_clinic_classifier_takes_digits_enlarged_to_28_by_28():
     assert not large[:2].any() and not large[26:].any() and not large[:, :2].any()
 
 
+@pytest.mark.slow
 def test_recommender_survives_a_high_rate_with_relative_change_only(tmp_path, capsys):
     path = tmp_path / "recommender.png"
     results = recommender.main(["--quick", "--out", str(path)])

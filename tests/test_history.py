@@ -37,7 +37,7 @@ from optax_guard.reporting import _history_events, _history_file
 
 PARAMS = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((2, 2))}}
 NAMES = ("dense/bias", "dense/kernel")
-TX = og.stabilize(optax.adam(0.1))
+TX = og.stabilize(optax.adam(0.1), clip=og.clip_by_norm(1.0))
 
 
 @jax.jit

@@ -51,11 +51,12 @@ GUARD_KEYS = {
     "last_fault_step",
     "last_fault_reason",
 }
+CLIP = og.clip_by_norm(1.0)
 CLIP_KEYS = {"norm_clip_steps", "norm_clip_total", "norm_clip_last_scale"}
 
 
 def test_metrics_are_the_scalars_of_all_states():
-    state = after(og.stabilize(SGD), GRADIENTS, with_nan())
+    state = after(og.stabilize(SGD, clip=CLIP), GRADIENTS, with_nan())
     metrics = og.metrics(state)
     assert set(metrics) == {f"guard/{key}" for key in GUARD_KEYS | CLIP_KEYS}
     expected = {
@@ -106,7 +107,7 @@ def test_metrics_of_a_foreign_state_are_empty():
 
 
 def test_metrics_move_nothing_to_the_host():
-    state = after(og.stabilize(SGD), GRADIENTS)
+    state = after(og.stabilize(SGD, clip=CLIP), GRADIENTS)
     assert all(isinstance(value, jax.Array) for value in og.metrics(state).values())
     assert "callback" not in str(jax.make_jaxpr(og.metrics)(state))
 
@@ -463,7 +464,7 @@ class Network(nnx.Module):
 def trained_nnx() -> Any:
     """Model and optimizer after a healthy step and a faulty one; what was read under jit."""
     model = Network(nnx.Rngs(0))
-    tx = og.stabilize(optax.adam(0.1), max_consecutive_skips=1)
+    tx = og.stabilize(optax.adam(0.1), clip=CLIP, max_consecutive_skips=1)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -535,7 +536,7 @@ def test_linen_train_state_is_read_as_it_is():
     train_state = TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(0), x)["params"],
-        tx=og.stabilize(optax.adam(0.1), max_consecutive_skips=1),
+        tx=og.stabilize(optax.adam(0.1), clip=CLIP, max_consecutive_skips=1),
     )
 
     @jax.jit
@@ -575,7 +576,7 @@ def test_equinox_modules_are_named_by_their_fields():
 
 def test_equinox_metrics_are_read_from_a_module_that_holds_model_and_state():
     eqx = pytest.importorskip("equinox")
-    tx = og.stabilize(optax.adam(0.1))
+    tx = og.stabilize(optax.adam(0.1), clip=CLIP)
 
     class Training(eqx.Module):
         model: eqx.nn.MLP
