@@ -126,6 +126,7 @@ def _skip_in_multi_steps(optimizer: Optimizer) -> Optimizer:
 OURS = {
     "og.guard": Variant(og.guard, True),
     "og.stabilize": Variant(og.stabilize, True),
+    "og.stabilize, norm": Variant(lambda tx: og.stabilize(tx, clip=og.clip_by_norm(1.0)), True),
     "og.guard, zscore": Variant(lambda tx: og.guard(optax.chain(og.clip_by_zscore(), tx)), True),
     "og.guard, zscore by leaf": Variant(
         lambda tx: og.guard(optax.chain(og.clip_by_zscore(scope="leaf"), tx)), True
