@@ -18,7 +18,7 @@ fusion); near an explosion that is enough to change the fate of a seed:
     clip_by_norm              16/16    15-16             0.00            0.00
     normalize_and_scale        7/16      1-7             3.34           75.63
     clip_by_zscore             5/16      5-8            47.62           75.12
-    clip_by_zscore_capped     16/16    15-16             0.00            0.02
+    clip_by_zscore_capped     16/16    14-16             0.00            0.02
     clip_by_median            16/16    15-16             0.00            0.00  (two runs)
     clip_by_update_ratio      14/16                      0.00           58.09
     normalize_and_scale_auto  14/16       14             0.00           20.47  (two runs)
