@@ -131,6 +131,13 @@ def test_response_of_sgd_is_its_learning_rate(optimizer):
     np.testing.assert_allclose(state.update_ratio_response, LEARNING_RATE, rtol=1e-3)
 
 
+def test_response_to_complex_gradients_is_the_learning_rate_too():
+    weights = {"kernel": jnp.full((2, 2), 1 + 2j)}
+    tx = og.clip_by_update_ratio(sgd())
+    _, state = tx.update({"kernel": jnp.full((2, 2), 0.1 - 0.3j)}, tx.init(weights), weights)
+    np.testing.assert_allclose(state.update_ratio_response, LEARNING_RATE, rtol=1e-5)
+
+
 def test_response_follows_a_schedule_that_begins_at_zero():
     rates = optax.linear_schedule(0.0, 0.1, 32)
     tx = og.clip_by_update_ratio(optax.sgd(rates), measure_every=8)

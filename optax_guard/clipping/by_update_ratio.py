@@ -125,7 +125,8 @@ def clip_by_update_ratio(
       response counts as a constant in derivatives. Under ``optax.inject_hyperparams`` let the
       factory make the optimizer:
       ``inject_hyperparams(lambda max_ratio: clip_by_update_ratio(sgd, max_ratio=max_ratio))``.
-      To accumulate gradients, write ``optax.MultiSteps(clip_by_update_ratio(...), k)``.
+      To accumulate gradients, write ``optax.MultiSteps(clip_by_update_ratio(...), k)``. An array
+      that stacks layers (for ``lax.scan``) counts as one.
       Cost: one read of the gradients, which a guard around it shares; in the steps that measure
       two more evaluations of ``optimizer`` (in all steps under ``vmap``), which make compiling
       longer; 424 bytes of state, 8 more for each array.
@@ -252,36 +253,59 @@ def _probe(update, extra_args, gradients, scale, inner_state, params) -> jax.Arr
     The response of an optimizer with momentum or weight decay to no gradient is subtracted.
 
     Returns:
-      float32 ``[2, leaves]``; on each device those of its own shards.
+      float32 ``[leaves, 2]``; on each device those of its own shards.
     """
     split = float_leaves(gradients)
-    gradients = split.replace([times(leaf, scale) for leaf in split.arrays])
-    nothing = split.replace([jnp.zeros_like(leaf) for leaf in split.arrays])
-    moved, _ = update(gradients, inner_state, params, **extra_args)
-    resting, _ = update(nothing, inner_state, params, **extra_args)
+    scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
+    zeros = [jnp.zeros_like(leaf) for leaf in split.arrays]
+    moved, _ = update(scaled, inner_state, params, **extra_args)
+    resting, _ = update(split.replace(zeros), inner_state, params, **extra_args)
     moved, resting = (float_leaves(gradient_like(tree)).arrays for tree in (moved, resting))
-    changes = [_squares(a.astype(jnp.float32) - b) for a, b in zip(moved, resting, strict=True)]
-    if params is None:
-        weights = [jnp.zeros(())] * len(changes)
-    else:
-        weights = [_squares(leaf) for leaf in split.matching(gradient_like(params))]
-    return jnp.stack([stack(changes, jnp.float32), stack(weights, jnp.float32)])
+    weights = zeros if params is None else split.matching(gradient_like(params))
+    sums = [_squared_sums(*arrays) for arrays in zip(moved, resting, weights, strict=True)]
+    return stack(sums, jnp.float32).reshape(-1, 2) + _varying_zero(
+        (gradients, scale, inner_state, params)
+    )
 
 
 def _no_probe(gradients, scale, inner_state, params) -> jax.Array:
-    """Zeros that vary over the mesh axes over which the result of ``_probe`` does."""
-    operands = float_leaves((gradients, scale, inner_state, params)).arrays
-    zero = sum(_squares(leaf.reshape(-1)[:0]) for leaf in operands)
-    return jnp.broadcast_to(zero, (2, len(float_leaves(gradients).arrays)))
+    zero = _varying_zero((gradients, scale, inner_state, params))
+    return jnp.broadcast_to(zero, (len(float_leaves(gradients).arrays), 2))
+
+
+def _varying_zero(tree: Any) -> jax.Array:
+    """0, varying over the mesh axes over which an array of ``tree`` does."""
+    leaves = float_leaves(tree).arrays
+    return sum((jnp.sum(_squares(leaf.reshape(-1)[:0])) for leaf in leaves), jnp.zeros(()))
+
+
+def _squared_sums(moved: jax.Array, resting: jax.Array, weights: jax.Array) -> jax.Array:
+    """Of ``moved - resting`` and of ``weights``; zeros for arrays that do not count.
+
+    Both in one reduction, because XLA on CPU keeps the constants of the optimizer's update in
+    memory, as large as ``weights``, for two separate ones. It adds one by one in float32: first
+    within rows, so that the rounding does not pile up.
+    """
+    if weights.ndim < 2:
+        return jnp.zeros((2,), jnp.float32)
+    change = moved.astype(jnp.promote_types(moved.dtype, jnp.float32)) - resting
+    zero = jnp.zeros((), jnp.float32)
+    rows = lax.reduce(
+        (_squares(change), _squares(weights)),
+        (zero, zero),
+        lambda total, term: (total[0] + term[0], total[1] + term[1]),
+        (weights.ndim - 1,),
+    )
+    return jnp.stack([jnp.sum(row) for row in rows])
 
 
 def _squares(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32)))
+    return jnp.square(jnp.abs(leaf).astype(jnp.float32))
 
 
 def _response(norms, gradient_norms, is_due, state) -> tuple[jax.Array, jax.Array]:
     """Response and weight norms after this step, as they were where nothing was measured."""
-    change_norms, weight_norms = norms
+    change_norms, weight_norms = norms.T
     initial = state.update_ratio_initial_norms
     is_new = is_due & (initial > 0) & jnp.isfinite(weight_norms)
     weight_norms = jnp.where(
