@@ -70,6 +70,7 @@ def guarded(rule: Rule) -> Rule:
 METHODS: dict[str, Rule] = {
     **PEERS,
     "og.stabilize": RULES["og.stabilize"],
+    "clip_by_norm": guarded(RULES["clip_by_norm"]),
     **{name: guarded(rule) for name, rule in ADAPTIVE.items()},
     "spike_skip": partial(og.guard, skip_if=og.spike()),
 }

@@ -40,12 +40,31 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default_suite")
 
 
+def _group(item: pytest.Item) -> str:
+    row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+    return f"{item.path.name}::{row.name}" if hasattr(row, "name") else item.path.name
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps on one worker what shares compiled functions: a row of the registry, or a file."""
-    for item in items:
-        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        group = f"{item.path.name}::{row.name}" if hasattr(row, "name") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Keeps together what shares compiled functions: a row of the registry, or a file."""
+    groups = {group: number for number, group in enumerate(dict.fromkeys(map(_group, items)))}
+    items.sort(key=lambda item: groups[_group(item)])
+
+
+_num_tests = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drops compiled programs that no later test shares, from time to time.
+
+    Each makes the next C++ exception dearer, since the unwinder walks through them all, and JAX
+    catches such an exception for each argument of whatever it compiles.
+    """
+    global _num_tests
+    _num_tests += 1
+    if nextitem is not None and _group(item) != _group(nextitem) and _num_tests >= 50:
+        jax.clear_caches()
+        _num_tests = 0
 
 
 @pytest.fixture

@@ -121,6 +121,7 @@ class Run:
         self.params = PARAMS
         if context.has_lookahead:
             self.params = optax.LookaheadParams.init_synced(PARAMS)
+        self.state = self.tx.init(self.params)
         self.fault_tables = _fault_tables(optimizer.is_per_example)
         self.longest = max(map(len, SCHEDULES.values()))
         self._compiled = jax.jit(self._run)
@@ -151,18 +152,15 @@ class Run:
 
     def __call__(self, fault: Fault | None) -> tuple[Any, Any]:
         """Parameters and state after all healthy steps, with the faulty ones between them."""
-        row, is_faulty = 0, [False] * NUM_HEALTHY
+        row, is_faulty = 0, np.zeros(NUM_HEALTHY, np.bool_)
         if fault is not None:
-            kinds = list(itertools.product(VALUES, PLACES))
-            row = 1 + kinds.index((fault.value, fault.place))
-            is_faulty = SCHEDULES[fault.schedule]
-        healthy = iter(np.random.default_rng(0).normal(size=NUM_HEALTHY))
+            row = 1 + list(itertools.product(VALUES, PLACES)).index((fault.value, fault.place))
+            is_faulty = np.array(SCHEDULES[fault.schedule])
         noises, kinds = np.zeros(self.longest, np.float32), np.zeros(self.longest, np.int32)
-        for step, is_bad in enumerate(is_faulty):
-            noises[step] = 0.1 if is_bad else next(healthy)
-            kinds[step] = row if is_bad else 0
-        state = self.tx.init(self.params)
-        return self._compiled(self.params, state, noises, kinds, len(is_faulty))
+        noises[: len(is_faulty)][is_faulty] = 0.1
+        noises[: len(is_faulty)][~is_faulty] = np.random.default_rng(0).normal(size=NUM_HEALTHY)
+        kinds[: len(is_faulty)][is_faulty] = row
+        return self._compiled(self.params, self.state, noises, kinds, len(is_faulty))
 
 
 def _without_counters(state: Any) -> Any:
@@ -209,7 +207,7 @@ def try_cells(protect: Protection, optimizer: Optimizer, context: Context) -> li
         problems = [f"{type(error).__name__} without any fault"] * len(tried)
     else:
         expected = kept_bits(params, state)
-        has_moved = expected != kept_bits(run.params, run.tx.init(run.params))
+        has_moved = expected != kept_bits(run.params, run.state)
         is_finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
         if has_moved and is_finite:
             problems = [

@@ -49,8 +49,8 @@ class Row:
         "reacts" (skips, and goes on differently after it).
       needs_params: whether ``update`` must be given params.
       takes_axis_name: false for element-wise rules, which need none.
-      is_variant: another row goes the same way but for a detail; heavy tests take this one only
-        with ``-m slow``.
+      is_variant: another row goes the same way but for a detail; this one is tested only with
+        ``-m slow``.
       is_smooth: false where an inner optimizer has no finite derivative at zero of its own.
       inject: how its thresholds are injected; None where it has none.
     """

@@ -50,7 +50,7 @@ def run_quickly(script: Any, folder: Any, *more: str) -> tuple[list[dict[str, An
     return rows, record
 
 
-@pytest.mark.parametrize("script", [step_cost, end_to_end])
+@pytest.mark.parametrize("script", [step_cost, pytest.param(end_to_end, marks=pytest.mark.slow)])
 def test_timing_script_returns_a_row_for_each_pipeline(script, tmp_path, capsys):
     picture = tmp_path / "picture.png"
     rows, _ = run_quickly(script, tmp_path, "--plot", str(picture))
@@ -80,6 +80,7 @@ def test_history_script_compares_loops_that_record_with_one_that_does_not(tmp_pa
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_collectives_script_finds_what_a_guard_adds(tmp_path, capsys):
     rows, _ = run_quickly(collectives, tmp_path)
     for row in rows:

@@ -279,7 +279,9 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "adam")) for name in OPTIMIZERS]
+)
 def test_parameters_stay_inside_behind_any_optimizer(name, dtype):
     params = normal_tree(0, 3.0, dtype)
     steps = [normal_tree(seed + 1, 2.0, dtype) for seed in range(30)]

@@ -45,6 +45,16 @@ STACKED = jax.tree.map(lambda *leaves: jnp.stack(leaves), *STEPS)
 VALUES = jnp.array([2.0, 1.9, 1.8, 1.7, 1.6, 1.5])
 
 
+# What takes long is tried on these first, and on the others with ``-m slow``.
+DIVERSE = (
+    "clip_by_norm",
+    "clip_by_zscore",
+    "clip_by_update_ratio",
+    "normalize_and_scale",
+    "guard-adam",
+)
+
+
 class Compiled:
     """A transformation with its compiled functions, shared by the tests of one worker.
 
@@ -98,20 +108,20 @@ def _compiled(name: str) -> Compiled:
     return Compiled(next(row for row in registry.ROWS if row.name == name))
 
 
-def rows(keep: Any = lambda row: True, *, is_slow: Any = lambda row: False) -> Any:
+def is_variant(row: registry.Row) -> bool:
+    return row.is_variant
+
+
+def rows(keep: Any = lambda row: True, *, is_slow: Any = is_variant, variants: bool = False) -> Any:
     """Parametrises a test over the rows to keep, some of them only with ``-m slow``."""
     return pytest.mark.parametrize(
         "row",
         [
             pytest.param(row, id=row.name, marks=[pytest.mark.slow] * bool(is_slow(row)))
             for row in registry.ROWS
-            if keep(row)
+            if keep(row) and (variants or not row.is_variant)
         ],
     )
-
-
-def is_variant(row: registry.Row) -> bool:
-    return row.is_variant
 
 
 # What a wrapper holds for others: its optimizer's state, and copies of that and of parameters.
@@ -183,7 +193,7 @@ def test_is_a_transformation_with_extra_args_whose_third_argument_is_params(row)
     assert any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-@rows()
+@rows(variants=True)
 def test_state_keeps_structure_shapes_dtypes_and_weak_types(row):
     compiled = _compiled(row.name)
     _, states = compiled.walk()
@@ -196,7 +206,7 @@ def test_state_keeps_structure_shapes_dtypes_and_weak_types(row):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(states[0]))
 
 
-@rows()
+@rows(variants=True)
 def test_own_statistics_are_strong_float32_int32_or_bool(row):
     state = jax.eval_shape(_compiled(row.name).tx.init, PARAMS)
     for leaf in own_leaves(state):
@@ -304,7 +314,7 @@ def test_wrappers_drop_extra_args_that_the_inner_rejects(row):
 # Transformations of JAX
 
 
-@rows()
+@rows(variants=True)
 def test_scan_gives_what_a_loop_gives(row):
     compiled = _compiled(row.name)
     updates, states = compiled.walk()
@@ -313,7 +323,7 @@ def test_scan_gives_what_a_loop_gives(row):
     assertions.assert_close(actual, (stacked, states[-1]), rtol=ROUNDING, atol=ROUNDING)
 
 
-@rows(is_slow=is_variant)
+@rows()
 def test_vmap_gives_what_single_runs_give(row):
     compiled = _compiled(row.name)
     healthy = jax.tree.map(lambda leaf: jnp.nan_to_num(leaf) * 0.5, STACKED)
@@ -432,7 +442,7 @@ def middle_steps(row: registry.Row) -> dict[str, Any]:
     return cases
 
 
-@rows(is_slow=is_variant)
+@rows(is_slow=lambda row: row.name not in DIVERSE)
 def test_derivatives_are_finite_and_agree_in_both_modes(row):
     compute = derivatives(_compiled(row.name).tx, jnp.float32)
     direction = direction_like(zero_offsets(jnp.float32))
@@ -453,7 +463,7 @@ def test_derivatives_are_finite_and_agree_in_both_modes(row):
 
 
 # One guard stands for all, since the rest of a derivative is that of its inner optimizer.
-@rows(is_slow=lambda row: row.is_variant or (row.wrap and row.name != "guard-adam"))
+@rows(is_slow=lambda row: row.name not in DIVERSE)
 def test_derivative_is_that_of_the_formula(row, x64):
     tx = row.make()
 
@@ -499,7 +509,7 @@ def shard(tree: Any, specs: Any, axis_type: Any = AxisType.Auto) -> Any:
 FEW = ("clip_by_norm", "clip_by_norm-leaf", "clip_by_norm-unit", "guard-adam", "stabilize")
 
 
-@rows(is_slow=lambda row: row.name not in FEW)
+@rows(is_slow=lambda row: row.name not in FEW, variants=True)
 def test_sharded_jit_equals_one_device(row):
     compiled = _compiled(row.name)
     expected = compiled.run(PARAMS, STACKED, VALUES)
@@ -517,7 +527,7 @@ FORMS = (
 )
 
 
-@rows(lambda row: row.name in FORMS, is_slow=lambda row: row.name not in FORMS[:3])
+@rows(lambda row: row.name in FORMS, is_slow=lambda row: row.name not in FORMS[:3], variants=True)
 def test_jit_on_an_explicit_mesh_equals_one_device(row):
     expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
     params = shard(PARAMS, specs(PARAMS), AxisType.Explicit)
@@ -537,7 +547,7 @@ def sharded_run(row: registry.Row) -> Any:
     )
 
 
-@rows(lambda row: row.takes_axis_name, is_slow=is_variant)
+@rows(lambda row: row.takes_axis_name, variants=True)
 def test_shard_map_with_axis_name_equals_one_device(row):
     expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
     actual = jax.jit(sharded_run(row))(PARAMS, STACKED, VALUES)
@@ -620,7 +630,7 @@ def mixed_tree(dtypes: Any, seed: int) -> dict[str, Any]:
 LOW_AND_SINGLE = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
 
 
-@rows(is_slow=is_variant)
+@rows()
 def test_updates_keep_their_dtypes_and_statistics_are_float32(row):
     tx = row.make()
     params = mixed_tree(LOW_AND_SINGLE, seed=0)
@@ -637,7 +647,7 @@ def test_updates_keep_their_dtypes_and_statistics_are_float32(row):
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
 
 
-@rows()
+@rows(variants=True)
 def test_dtypes_where_float64_is_allowed(row, x64):
     """Traced only; the derivatives above are computed in float64."""
     tx = row.make()
@@ -686,7 +696,7 @@ def with_identity(row: registry.Row) -> Any:
     return row.wrap(optax.identity()) if row.wrap else row.make()
 
 
-@rows(is_slow=is_variant)
+@rows()
 def test_leaves_that_are_no_floats_pass_untouched(row):
     tx = with_identity(row)
     params = odd_tree()
@@ -745,7 +755,7 @@ def test_empty_trees_work(row):
 # Hyperparameters
 
 
-@rows(lambda row: row.inject)
+@rows(lambda row: row.inject, is_slow=lambda row: row.name not in DIVERSE, variants=True)
 def test_thresholds_can_be_injected(row):
     inject = row.inject
     injected = optax.inject_hyperparams(inject.factory, static_args=inject.static_args)
@@ -789,7 +799,7 @@ def spoil(gradients: Any, value: float) -> Any:
     return gradients | {"kernel": gradients["kernel"].at[3, 1].set(value)}
 
 
-@rows(lambda row: row.on_bad == "passes")
+@rows(lambda row: row.on_bad == "passes", variants=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_step_stays_visible_and_changes_no_state(row, bad):
     compiled = _compiled(row.name)
@@ -802,7 +812,7 @@ def test_bad_step_stays_visible_and_changes_no_state(row, bad):
         assert bool(jnp.isnan(element)) if bad == "nan" else not jnp.isfinite(element)
 
 
-@rows(lambda row: row.on_bad == "skips")
+@rows(lambda row: row.on_bad == "skips", variants=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_step_is_skipped(row, bad):
     compiled = _compiled(row.name)
@@ -818,7 +828,7 @@ def test_bad_step_is_skipped(row, bad):
         assert int(new_state.guard_step) == int(state.guard_step) + 1
 
 
-@rows(lambda row: row.on_bad == "reacts")
+@rows(lambda row: row.on_bad == "reacts", variants=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_step_is_skipped_and_reacted_to(row, bad):
     compiled = _compiled(row.name)
@@ -841,7 +851,7 @@ def optimizer_leaves(state: Any) -> list[Any]:
     return jax.tree.leaves(state)
 
 
-@rows(lambda row: row.on_bad == "zeroes")
+@rows(lambda row: row.on_bad == "zeroes", variants=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_elements_are_zeroed(row, bad):
     compiled = _compiled(row.name)

@@ -88,8 +88,19 @@ def check_cost(
     assert not broken, f"{RULES[rule]} against bare {optimizer}: " + "; ".join(broken)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "default"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [
+        pytest.param(
+            optimizer,
+            rule,
+            marks=[pytest.mark.slow] * (optimizer != "adamw" and rule != "global"),
+        )
+        for optimizer in OPTIMIZERS
+        for rule in RULES
+        if rule != "default"
+    ],
+)
 def test_one_read_of_the_gradients_is_all_that_a_guard_adds(optimizer, rule):
     check_cost(optimizer, rule)
 

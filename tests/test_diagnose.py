@@ -316,7 +316,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (number > 2))
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_the_first_gradients_tell_good_initialisations_from_bad_ones(case):
     for seed in range(6):
         gradients, params = first_gradients(case.network, seed)

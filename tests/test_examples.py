@@ -69,6 +69,7 @@ def test_mlp_digits_guarded_runs_learn_and_unguarded_ones_die(tmp_path, capsys):
     assert_is_small_png(results.figure)
 
 
+@pytest.mark.slow
 def test_mlp_digits_reads_idx_data_and_takes_the_first_fault_from_the_command_line(
     tmp_path, monkeypatch
 ):
@@ -104,6 +105,7 @@ def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
     assert_is_small_png(path)
 
 
+@pytest.mark.slow
 def test_history_digits_records_every_fault_where_it_happened(tmp_path, capsys):
     record, picture = tmp_path / "run.jsonl", tmp_path / "run.png"
     results = history_digits.main(["--quick", "--record", str(record), "--out", str(picture)])
@@ -195,6 +197,7 @@ def test_rnn_temporal_order_refuses_settings_that_cannot_work(argv, capsys):
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     results = linen_train_state.main(["--quick"])
     assert results["accuracy"] > 90
@@ -293,6 +296,7 @@ def test_the_state_of_an_nnx_model_is_shared_so_that_it_must_be_copied():
     assert (copied["norm1"]["mean"][...] == 0).all()
 
 
+@pytest.mark.slow
 def test_loops_skip_the_bad_batch_in_every_framework(capsys):
     results = loops.main(["--quick"])
     assert list(results) == ["plain Optax", "Flax NNX", "Flax Linen", "Equinox"]
@@ -356,6 +360,7 @@ def test_clinic_tells_healthy_exploding_and_vanishing_networks_apart(tmp_path, c
     assert len(written) == 8 and {cell["case"] for cell in written} == set(map(str, results.cases))
 
 
+@pytest.mark.slow
 def test_clinic_sees_one_array_and_one_unit_for_each_stacked_layer():
     sizes = (5, 4, 4, 4, 3)
     params = clinic.make_params(jax.random.key(0), clinic.MILD, sizes)
@@ -427,6 +432,7 @@ def test_clinic_refuses_options_that_do_not_go_together(argv, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_clinic_regressor_explodes_and_a_clip_keeps_it_finite(tmp_path, monkeypatch):
     cases = clinic.CASES["regressor"][:2]
     monkeypatch.setitem(clinic.CASES, "regressor", cases)

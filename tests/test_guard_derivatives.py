@@ -107,7 +107,14 @@ CASES = [
         for value in (np.nan, np.inf)
     ),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+FIRST = ("momentum, NaN", "stabilize, NaN", "loss", "condition")
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FIRST))
+        for case in CASES
+    ],
+)
 
 
 def stacked(steps: Any) -> Any:
@@ -134,7 +141,7 @@ def final_loss(case: Case, rate: Any, params: Any, offsets: Any) -> tuple[Any, A
 MODES = {"reverse": jax.grad, "forward": jax.jacfwd}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["reverse", pytest.param("forward", marks=pytest.mark.slow)])
 @each_case
 def test_derivatives_are_those_of_the_healthy_steps(case, mode):
     def derivative(case):

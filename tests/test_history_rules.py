@@ -737,7 +737,14 @@ COMPANY = {
 
 
 # The others share all of their code but the rule itself with one of these.
-@pytest.mark.parametrize("rule", ["median", "ema", "param_norm", "max_ema", "relative_change"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "param_norm",
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("median", "ema", "max_ema")),
+        pytest.param("relative_change", marks=pytest.mark.slow),
+    ],
+)
 def test_rule_works_in_chains_partitions_guards_and_accumulators(rule):
     tx, adam = COMPANY[rule](), optax.scale_by_adam()
     labels = {"b": "free", "w": "clipped"}
