@@ -4,8 +4,9 @@ Programs are compiled for shapes only, so wide arrays cost nothing, and only wid
 proportions of real training (one number for each unit is 1/768 of a matrix). The tree is that of a
 transformer layer at the width of GPT-2, thinned out to eight arrays.
 
-Covered: nine optimizers with every rule, bfloat16 gradients, one evaluation of the inner update
-for each trace, a state whose signature never changes, and the collectives of sharded steps.
+Covered: nine optimizers with every kind of rule, by unit AdamW, bfloat16 gradients, one evaluation
+of the inner update for each trace, a state whose signature never changes, and the collectives of
+sharded steps.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def check_cost(
         )
         for optimizer in OPTIMIZERS
         for rule in RULES
-        if rule != "default"
+        if rule != "default" and (optimizer == "adamw" or rule != "unit")
     ],
 )
 def test_one_read_of_the_gradients_is_all_that_a_guard_adds(optimizer, rule):

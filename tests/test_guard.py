@@ -109,9 +109,15 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("grad_dtype", "param_dtype"), list(itertools.product(LOW_AND_SINGLE, LOW_AND_SINGLE))
+    ("name", "grad_dtype", "param_dtype"),
+    [
+        *(("momentum", *dtypes) for dtypes in itertools.product(LOW_AND_SINGLE, LOW_AND_SINGLE)),
+        ("adam", jnp.float16, jnp.float16),
+        ("adam", jnp.bfloat16, jnp.float32),
+        ("adamw, float32 moments", jnp.bfloat16, jnp.bfloat16),
+        ("adamw, float32 moments", jnp.float16, jnp.float32),
+    ],
 )
 def test_gradients_and_parameters_of_any_precision(name, grad_dtype, param_dtype):
     bare = OPTIMIZERS[name]()
