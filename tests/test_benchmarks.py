@@ -50,7 +50,7 @@ def run_quickly(script: Any, folder: Any, *more: str) -> tuple[list[dict[str, An
     return rows, record
 
 
-@pytest.mark.parametrize("script", [step_cost, pytest.param(end_to_end, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", [step_cost, pytest.param(end_to_end, marks=pytest.mark.by_hand)])
 def test_timing_script_returns_a_row_for_each_pipeline(script, tmp_path, capsys):
     picture = tmp_path / "picture.png"
     rows, _ = run_quickly(script, tmp_path, "--plot", str(picture))
@@ -210,7 +210,7 @@ def test_bytes_of_state_are_those_of_the_arrays():
     assert _setups.num_bytes(jax.eval_shape(optax.adam(0.1).init, params)) == 2 * 64 + 4
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_alpha_compares_rules_on_all_conditions(tmp_path, capsys):
     rows, _ = run_quickly(alpha, tmp_path)
     assert [row["rule"] for row in rows] == ["none", "alpha=1.0", 'alpha="auto"']
@@ -248,7 +248,7 @@ def write_idx(path: Any, array: Any) -> None:
         file.write(array.tobytes())
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_healthy_compares_with_the_run_without_a_rule_on_digits_and_on_a_folder(tmp_path, capsys):
     folder = tmp_path / "letters"
     folder.mkdir()
@@ -279,7 +279,7 @@ def test_every_rule_that_clips_or_normalises_is_measured():
     assert set(_rules.ADAPTIVE) <= set(faults.METHODS)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_faults_kill_what_has_no_protection(tmp_path, capsys):
     cells = run_for_cells(faults, tmp_path)
     found = {(cell["rule"], cell["case"]): cell for cell in cells}

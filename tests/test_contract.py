@@ -323,7 +323,7 @@ def test_scan_gives_what_a_loop_gives(row):
     assertions.assert_close(actual, (stacked, states[-1]), rtol=ROUNDING, atol=ROUNDING)
 
 
-@rows()
+@rows(is_slow=lambda row: row.name not in DIVERSE)
 def test_vmap_gives_what_single_runs_give(row):
     compiled = _compiled(row.name)
     healthy = jax.tree.map(lambda leaf: jnp.nan_to_num(leaf) * 0.5, STACKED)
@@ -442,7 +442,11 @@ def middle_steps(row: registry.Row) -> dict[str, Any]:
     return cases
 
 
-@rows(is_slow=lambda row: row.name not in DIVERSE)
+@rows(
+    # The formula is checked for the others, see below.
+    lambda row: row.wrap is not None or row.name in DIVERSE,
+    is_slow=lambda row: row.name not in DIVERSE,
+)
 def test_derivatives_are_finite_and_agree_in_both_modes(row):
     compute = derivatives(_compiled(row.name).tx, jnp.float32)
     direction = direction_like(zero_offsets(jnp.float32))
