@@ -442,11 +442,7 @@ def middle_steps(row: registry.Row) -> dict[str, Any]:
     return cases
 
 
-@rows(
-    # The formula is checked for the others, see below.
-    lambda row: row.wrap is not None or row.name in DIVERSE,
-    is_slow=lambda row: row.name not in DIVERSE,
-)
+@rows(is_slow=lambda row: row.name not in DIVERSE)
 def test_derivatives_are_finite_and_agree_in_both_modes(row):
     compute = derivatives(_compiled(row.name).tx, jnp.float32)
     direction = direction_like(zero_offsets(jnp.float32))
