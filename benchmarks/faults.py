@@ -18,6 +18,7 @@ first fault at step 0, 20 and 60:
     optax.zero_nans+clip       97.8    98   98   98    97   97   97    98   98   98    98   98   98
     optax.adaptive_grad_clip   96.7  dead dead dead  dead dead dead    97   97   97    96   96   96
     og.stabilize               98.1    98   98   98    97   97   97    98   98   98    98   98   98
+    clip_by_norm               97.8    98   98   98    97   97   97    98   98   98    98   98   98
     clip_by_zscore             97.8    98   98   98    97   97   97     8   98   98    12    9   98
     clip_by_zscore_capped      97.8    98   98   98    97   97   98    98   98   98    98   98   98
     clip_by_percentile         97.8    98   98   98    97   97   97     8   98   98     8   98   98
