@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_guard._batches import load, make_batches
 from optax_guard._scopes import Groups, make_groups
 
 AxisName = str | tuple[str, ...] | None
@@ -101,6 +102,35 @@ def _rescaled_sum(
     return jnp.sum(scaled * scaled, axis=axes, keepdims=len(axes) < leaf.ndim)
 
 
+def _make_batches(leaves: Sequence[jax.Array], groups: Groups) -> list[list[int]]:
+    if groups.kind == "each":
+        return [[index] for index in range(len(leaves))]
+    return make_batches(leaves)
+
+
+def _load(
+    batch: Sequence[int], leaves: Sequence[jax.Array], groups: Groups
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The one leaf of a batch, or a stack of them, and the axes to reduce."""
+    first, *others = batch
+    if not others:
+        return leaves[first], groups.axes[first]
+    return load(batch, leaves), tuple(axis + 1 for axis in groups.axes[first])
+
+
+def _unload(
+    parts: Sequence[jax.Array], batches: Sequence[Sequence[int]], groups: Groups
+) -> tuple[jax.Array, ...]:
+    """The form of ``Groups.stack`` from one array for each batch."""
+    if groups.kind == "each" or not parts:
+        return groups.stack(parts)
+    vector = lax.optimization_barrier(jnp.concatenate([part.reshape(-1) for part in parts]))
+    order = np.argsort(np.concatenate(batches))
+    if (order == np.arange(order.size)).all():
+        return (vector,)
+    return (vector.at[order].get(mode="promise_in_bounds", unique_indices=True),)
+
+
 class _Sums(NamedTuple):
     """Sums of squares at three scales, each in the form of ``Groups.stack``."""
 
@@ -125,7 +155,7 @@ def _at_all_scales(
 
 
 def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Groups) -> _Sums:
-    """Sums of squares of leaves whose own plain sums, ``terms``, may be out of range."""
+    """Sums of squares of leaves whose own plain sums, a term a batch, may be out of range."""
     r = _RANGES[groups.dtype]
     # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
     # only if no two leaves share the broadcast factor.
@@ -137,9 +167,13 @@ def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Gro
         )
         for term in terms
     ]
-    parts = zip(leaves, groups.axes, scales, strict=True)
-    sums = [_rescaled_sum(leaf, axes, groups.dtype, scale) for leaf, axes, scale in parts]
-    return _at_all_scales(groups.stack(sums), groups.stack(scales), groups.dtype)
+    batches = _make_batches(leaves, groups)
+    sums = [
+        _rescaled_sum(*_load(batch, leaves, groups), groups.dtype, scale)
+        for batch, scale in zip(batches, scales, strict=True)
+    ]
+    sums, scales = (_unload(parts, batches, groups) for parts in (sums, scales))
+    return _at_all_scales(sums, scales, groups.dtype)
 
 
 def _any(flags: Iterable[jax.Array]) -> jax.Array:
@@ -220,11 +254,9 @@ def _measure(
     axis_name: AxisName,
 ) -> Measurement:
     r = _RANGES[groups.dtype]
-    terms = tuple(
-        squared_sum(leaf, axes, groups.dtype)
-        for leaf, axes in zip(leaves, groups.axes, strict=True)
-    )
-    stacked = groups.stack(terms)
+    batches = _make_batches(leaves, groups)
+    terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
+    stacked = _unload(terms, batches, groups)
     sums = groups.total(stacked)
     high = r.high / max(1, sum(part.size for part in sums))  # that of all groups fits then, too
     is_cold = _any([~(part <= high) for part in sums])

@@ -1,7 +1,7 @@
 """Finds out whether parameters and optimizer state are finite, with few and cheap reductions.
 
 A parameter and its moments have the same shape (and sharding), so one sum judges them together:
-a third of the kernels to compile and to launch.
+a third of the kernels to compile and to launch. Small arrays are judged in stacks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._batches import can_be_stacked, load, make_batches
 from optax_guard._trees import is_inexact
 
 
@@ -37,10 +38,10 @@ def any_nonfinite(
 ) -> jax.Array:
     """Whether any element of optimizer state or parameters is NaN or Inf.
 
-    The n-th leaf of a shape in ``like`` stands for a group: the n-th parameter of that shape, the
-    n-th leaf of the state of that shape, and every further n-th one, as second moments follow
-    first. Whatever has another shape is a group of its own, and so is every scalar: a best loss
-    that starts at +inf must not lend its exemption to a scalar parameter and its moments.
+    Large arrays that are shaped like a parameter are judged in groups: the n-th leaf of a shape in
+    ``like`` stands for the n-th parameter of that shape, the n-th leaf of the state of that shape,
+    and every further n-th one, as second moments follow first. All others are judged one by one:
+    a best loss that starts at +inf must not lend its exemption to a scalar parameter.
 
     Args:
       like: arrays shaped like the parameters.
@@ -48,29 +49,50 @@ def any_nonfinite(
       state: optimizer state.
       params: parameters, if they are to be looked at.
     """
+    in_state = inexact_leaves(state)
+    leaves = [*in_state, *inexact_leaves(params)]
+    small = [index for index, leaf in enumerate(leaves) if can_be_stacked(leaf)]
+    batches = make_batches([leaves[index] for index in small])
+    stacks = [[small[place] for place in batch] for batch in batches]
+    groups = _groups_of_large(like, leaves, len(in_state))
+
+    place_of_leaf = np.zeros(len(leaves), int)
+    members = [*([index] for stack in stacks for index in stack), *groups]
+    for place, group in enumerate(members):
+        place_of_leaf[group] = place
+    sums = [_finite_sums(load(stack, leaves)) for stack in stacks]
+    sums += [_finite_sum([leaves[index] for index in group]) for group in groups]
+    flags = ~jnp.isfinite(jnp.concatenate(sums)) if sums else jnp.zeros((0,), jnp.bool_)
+    exempt = jnp.zeros_like(flags).at[place_of_leaf[: len(in_state)]].max(is_exempt)
+    return jnp.any(flags & ~exempt)
+
+
+def _groups_of_large(like: Sequence[Any], leaves: Sequence[Any], num_state: int) -> list[list[int]]:
+    """Indices of the large leaves of a state of ``num_state`` leaves and of the parameters."""
     counts = Counter(leaf.shape for leaf in like if leaf.ndim > 0)
-    groups: dict[Any, list[Any]] = {}
-    keys = []
-    for name, tree in (("state", state), ("params", params)):
-        seen: Counter[tuple[int, ...]] = Counter()
-        for place, leaf in enumerate(inexact_leaves(tree)):
-            key = (name, place)
-            if leaf.shape in counts:
-                key = (leaf.shape, seen[leaf.shape] % counts[leaf.shape])
-                seen[leaf.shape] += 1
-            groups.setdefault(key, []).append(leaf)
-            keys.append(key)
-    sums = [_finite_sum(group) for group in groups.values()]
-    flags = ~jnp.isfinite(jnp.stack(sums)) if sums else jnp.zeros((0,), jnp.bool_)
-    order = {key: index for index, key in enumerate(groups)}
-    group_of_leaf = np.asarray([order[key] for key in keys[: is_exempt.size]], int)
-    return jnp.any(flags & ~jnp.zeros_like(flags).at[group_of_leaf].max(is_exempt))
+    groups: dict[Any, list[int]] = {}
+    seen: Counter[Any] = Counter()
+    for index, leaf in enumerate(leaves):
+        if can_be_stacked(leaf):
+            continue
+        key: Any = index
+        if leaf.shape in counts:
+            tree = index < num_state
+            key = (leaf.shape, seen[tree, leaf.shape] % counts[leaf.shape])
+            seen[tree, leaf.shape] += 1
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _finite_sums(stack: jax.Array) -> jax.Array:
+    """For each array of a stack zero if all its elements are finite, else NaN."""
+    return jnp.sum(_zero_or_nan(stack), axis=tuple(range(1, stack.ndim))).astype(jnp.float32)
 
 
 def _finite_sum(group: Sequence[jax.Array]) -> jax.Array:
-    """Zero if all elements of arrays of one shape are finite, else NaN."""
+    """``[1]``: zero if all elements of arrays of one shape are finite, else NaN."""
     total = sum(map(_zero_or_nan, group[1:]), _zero_or_nan(group[0]))
-    return jnp.sum(total).astype(jnp.float32)
+    return jnp.sum(total).astype(jnp.float32).reshape(1)
 
 
 def _zero_or_nan(leaf: jax.Array) -> jax.Array:
