@@ -70,7 +70,7 @@ class _Clocks(NamedTuple):
 
 
 def compile_step(
-    step: Callable[[Any, Any], Any], carry: Any, constants: Any, *, large: int, is_ours: bool
+    step: Callable[[Any, Any], Any], carry: Any, constants: Any, *, large: int, is_hot: bool
 ) -> tuple[Any, Measures]:
     """Compiles ``step(carry, constants) -> carry`` with a donated carry.
 
@@ -79,7 +79,7 @@ def compile_step(
       carry: what it is compiled for, abstract or not.
       constants: likewise.
       large: number of elements from which on an array counts as large.
-      is_ours: whether a healthy step takes the cheapest branch of every conditional, not the
+      is_hot: whether a healthy step takes the cheapest branch of every conditional, not the
         dearest one.
     """
     start = _Clocks.read()
@@ -88,7 +88,7 @@ def compile_step(
     compiled = lowered.compile()
     done = _Clocks.read()
     program = _hlo.analyze(compiled)
-    healthy = program.hot if is_ours else program.dear
+    healthy = program.hot if is_hot else program.dear
     memory = compiled.memory_analysis()
     return compiled, Measures(
         hot_bytes=healthy.num_bytes,

@@ -109,12 +109,18 @@ class Variant(NamedTuple):
 
     Attributes:
       make: from the bare optimizer to the pipeline.
-      is_ours: whether a healthy step takes the cheap branch of every conditional. In plain Optax
-        the step itself sits in the dear one.
+      is_ours: whether it is one of this library.
+      judges_update: whether a healthy step takes dear branches, too, as it does in plain Optax.
     """
 
     make: Callable[[Optimizer], Optimizer]
     is_ours: bool
+    judges_update: bool = False
+
+    @property
+    def is_hot(self) -> bool:
+        """Whether a healthy step takes the cheap branch of every conditional."""
+        return self.is_ours and not self.judges_update
 
 
 def _skip_in_multi_steps(optimizer: Optimizer) -> Optimizer:
@@ -138,7 +144,9 @@ OURS = {
         lambda tx: og.guard(optax.chain(og.clip_by_norm(1.0, scope="unit"), tx)), True
     ),
     "og.guard, zscore, check_update": Variant(
-        lambda tx: og.guard(optax.chain(og.clip_by_zscore(), tx), check_update=True), True
+        lambda tx: og.guard(optax.chain(og.clip_by_zscore(), tx), check_update=True),
+        is_ours=True,
+        judges_update=True,
     ),
     "og.clip_by_zscore": Variant(lambda tx: optax.chain(og.clip_by_zscore(), tx), True),
 }

@@ -67,7 +67,7 @@ def compare(
         carry = (params, jax.jit(tx.init)(params), jnp.zeros(()))
         step = make_step(model, tx, arguments.steps_per_call)
         compiled, measures = _harness.compile_step(
-            step, carry, batch, large=1024, is_ours=variant.is_ours
+            step, carry, batch, large=1024, is_hot=variant.is_hot
         )
         steppers[name] = _harness.Stepper(compiled, carry, batch)
         rows[name] = {

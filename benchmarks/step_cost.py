@@ -41,11 +41,11 @@ def make_step(tx: Optimizer):
     return step
 
 
-def measure(tree: Tree, tx: Optimizer, *, is_ours: bool) -> tuple[Any, dict[str, Any]]:
+def measure(tree: Tree, tx: Optimizer, *, is_hot: bool) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what is known of it without running it."""
     carry = (tree.params, jax.eval_shape(tx.init, tree.params))
     compiled, measures = _harness.compile_step(
-        make_step(tx), carry, tree.gradients, large=tree.large, is_ours=is_ours
+        make_step(tx), carry, tree.gradients, large=tree.large, is_hot=is_hot
     )
     return compiled, {"state_bytes": _setups.num_bytes(carry[1]), **measures._asdict()}
 
@@ -68,7 +68,7 @@ def compare(
         }
         try:
             pipelines[name] = variant.make(optimizer)
-            compiled[name], measures = measure(tree, pipelines[name], is_ours=variant.is_ours)
+            compiled[name], measures = measure(tree, pipelines[name], is_hot=variant.is_hot)
         except (TypeError, ValueError) as error:  # apply_if_finite with mixed dtypes
             rows[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:

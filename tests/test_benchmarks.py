@@ -108,7 +108,7 @@ def program(function: Any, *arguments: Any, **options: Any) -> tuple[_hlo.Progra
 @pytest.mark.parametrize("name", ["momentum", "adamw", "adafactor", "lamb"])
 def test_bytes_without_conditionals_are_those_that_the_compiler_counts(name):
     tree = _setups.make_tree({"kernel": (256, 128), "bias": (128,)})
-    _, measures = step_cost.measure(tree, _setups.OPTIMIZERS[name](), is_ours=True)
+    _, measures = step_cost.measure(tree, _setups.OPTIMIZERS[name](), is_hot=True)
     assert measures["num_conditionals"] == 0
     # XLA looks closer at a few scalars inside of fusions.
     np.testing.assert_allclose(measures["hot_bytes"], measures["all_bytes"], rtol=1e-3)

@@ -55,7 +55,7 @@ def tree(gradient_dtype: Any = jnp.float32) -> _setups.Tree:
 def measures(optimizer: str, pipeline: str, gradient_dtype: Any = jnp.float32) -> dict[str, Any]:
     variant = _setups.VARIANTS[pipeline]
     tx = variant.make(OPTIMIZERS[optimizer]())
-    return step_cost.measure(tree(gradient_dtype), tx, is_ours=variant.is_ours)[1]
+    return step_cost.measure(tree(gradient_dtype), tx, is_hot=variant.is_hot)[1]
 
 
 def check_cost(
@@ -127,7 +127,7 @@ def test_bfloat16_gradients_are_clipped_and_guarded_for_less_than_optax_clips_th
 def test_one_array_costs_no_more_than_many():
     one = _setups.make_tree({"kernel": (4096, 4096)})
     (_, bare), (_, guarded) = (
-        step_cost.measure(one, tx, is_ours=True)
+        step_cost.measure(one, tx, is_hot=True)
         for tx in (optax.adamw(0.1), og.stabilize(optax.adamw(0.1), clip=og.clip_by_zscore()))
     )
     assert guarded["hot_bytes"] <= bare["hot_bytes"] + 1.05 * one.gradient_bytes

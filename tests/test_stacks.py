@@ -130,8 +130,8 @@ def test_an_infinity_of_init_excuses_no_array_of_its_stack():
 
 def test_many_small_arrays_take_few_kernels_more():
     many = _setups.make_tree({f"array{i:03d}": (256,) for i in range(150)})
-    _, bare = step_cost.measure(many, optax.adamw(0.1), is_ours=False)
-    _, guarded = step_cost.measure(many, og.guard(optax.adamw(0.1)), is_ours=True)
+    _, bare = step_cost.measure(many, optax.adamw(0.1), is_hot=False)
+    _, guarded = step_cost.measure(many, og.guard(optax.adamw(0.1)), is_hot=True)
     assert guarded["num_kernels"] <= bare["num_kernels"] + 60
     # Read, copied and read again.
     assert guarded["hot_bytes"] <= bare["hot_bytes"] + 3.5 * many.gradient_bytes
