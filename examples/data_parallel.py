@@ -15,7 +15,8 @@ between them. Expected, with digests of your own that agree between the rows:
           1       -       1         26   97.2 % 39affeafe578 eeb5173822c0
 
 Every 20 steps Orbax saves parameters and optimizer state, the guard's counters included, while the
-training goes on. The second command kills the last process with SIGKILL before step 250. The others
+training goes on. The second command kills the last process with SIGKILL before step 250 (with
+`--kill-process 0` the coordinator, which the others depend on). The others
 fail in their next sum; the script stops who is left, and says who died, what the others said, and
 which checkpoint is complete. The third command goes on from there and ends with the digests of the
 first, bit for bit. Another number of processes can resume, too; its sums round differently.
@@ -150,7 +151,7 @@ def train(args: argparse.Namespace, tell: Any) -> Outcome:
         state = manager.restore(resumed_from, args=ocp.args.StandardRestore(state))
     with og.History(args.run_dir / "history.jsonl", params=state.params) as history:
         for step in range(resumed_from or 0, args.steps):
-            if step == args.kill_step and is_last:
+            if step == args.kill_step and jax.process_index() == args.kill_process:
                 os.kill(os.getpid(), signal.SIGKILL)
             batch = part_of_process(batch_of_step(data, step), is_last and step == args.fault_step)
             parts = (jax.make_array_from_process_local_data(sharded, part) for part in batch)
@@ -362,7 +363,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int)
     add("--save-every", type=int, default=20, help="steps between two checkpoints")
     add("--fault-step", type=int, default=25, help="NaN pixel in the last process; -1: never")
-    add("--kill-step", type=int, default=-1, help="SIGKILL for the last process; -1: never")
+    add("--kill-step", type=int, default=-1, help="SIGKILL for one process; -1: never")
+    add("--kill-process", type=int, help="default: the last; 0 is the coordinator of all")
     add("--resume", action="store_true", help="from the last checkpoint in --run-dir")
     add(
         "--run-dir",
@@ -373,6 +375,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=HERE / "figures" / "data_parallel.png")
     args = parser.parse_args(argv)
     args.steps = args.steps or (60 if args.quick else 300)
+    args.kill_process = args.processes - 1 if args.kill_process is None else args.kill_process
     if args.processes < 1 or BATCH_SIZE % args.processes:
         parser.error(f"--processes must divide {BATCH_SIZE}, got {args.processes}")
     if args.resume and not saved_steps(args):
