@@ -4,7 +4,7 @@
 the range in which it is accurate, a cold branch reads the gradients again at two other
 scales, fixed powers of two, so that 1e-37 does not underflow and 3e38 does not overflow.
 With ``axis_name`` the branch stays local to each device and the sums of all three scales
-travel in one ``psum``: no collective depends on data.
+travel in one ``psum``, and with them what a guard wants to know: no collective depends on data.
 
 ``rescale`` multiplies by ``limit / norm`` as two factors, since the quotient itself may be
 subnormal. Both have derivative rules, because those of the parts overflow where the
@@ -14,7 +14,8 @@ derivative of the whole is finite (at zero, at 1e-30, and next to a NaN).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from optax_guard._batches import load, make_batches
 from optax_guard._scopes import Groups, make_groups
 
 AxisName = str | tuple[str, ...] | None
+Watch = Callable[[tuple[jax.Array, ...], Any, jax.Array], jax.Array]
 
 
 class _Range(NamedTuple):
@@ -246,13 +248,15 @@ def _plain_roots(stacked: tuple[jax.Array, ...], groups: Groups) -> Measurement:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _measure(
     leaves: tuple[jax.Array, ...],
     small_norms_matter: jax.Array,
+    watched: Any,
     groups: Groups,
     axis_name: AxisName,
-) -> Measurement:
+    watch: Watch | None,
+) -> tuple[Measurement, jax.Array | None]:
     r = _RANGES[groups.dtype]
     batches = _make_batches(leaves, groups)
     terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
@@ -269,7 +273,7 @@ def _measure(
     # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
     # them; else it would repeat the sum over all leaves in the loop of every leaf.
     if axis_name is None:
-        return lax.cond(
+        measured = lax.cond(
             is_cold,
             lambda leaves, terms, *_: _roots(_reread(leaves, terms, groups), groups),
             lambda leaves, terms, stacked: _plain_roots(stacked, groups),
@@ -277,6 +281,7 @@ def _measure(
             terms,
             stacked,
         )
+        return measured, None
     sums_at_all_scales = lax.cond(
         is_cold,
         lambda leaves, terms, _: _reread(leaves, terms, groups),
@@ -285,14 +290,19 @@ def _measure(
         terms,
         stacked,
     )
-    return _roots(psum(sums_at_all_scales, axis_name), groups)
+    if watch is None:
+        return _roots(psum(sums_at_all_scales, axis_name), groups), None
+    is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in sums), jnp.zeros((), groups.dtype)))
+    alarm = watch(leaves, watched, is_bad).astype(groups.dtype)
+    sums_at_all_scales, alarm = psum((sums_at_all_scales, alarm), axis_name)
+    return _roots(sums_at_all_scales, groups), alarm > 0
 
 
 @_measure.defjvp
-def _measure_jvp(groups, axis_name, primals, tangents):
-    leaves, _ = primals
-    leaf_dots, _ = tangents
-    result = _measure(*primals, groups, axis_name)
+def _measure_jvp(groups, axis_name, watch, primals, tangents):
+    leaves, *_ = primals
+    leaf_dots, *_ = tangents
+    result, alarm = _measure(*primals, groups, axis_name, watch)
     down = _RANGES[groups.dtype].down
 
     def tangent(groups, norms, scaled, finite):
@@ -316,7 +326,7 @@ def _measure_jvp(groups, axis_name, primals, tangents):
     (leaf_norms_dot,) = tangent(whole, [leaf_norms], [leaf_norms * down], [result.leaf_finite])
     is_usable = jnp.isfinite(result.norm) & (result.norm > 0)
     shares = jnp.where(is_usable, leaf_norms, 0) / jnp.where(is_usable, result.norm, 1)
-    return result, Measurement(
+    dots = Measurement(
         norms=norms,
         scaled=tuple(dot * down for dot in norms),
         finite=tuple(np.zeros(flag.shape, jax.dtypes.float0) for flag in result.finite),
@@ -324,23 +334,38 @@ def _measure_jvp(groups, axis_name, primals, tangents):
         leaf_norms=leaf_norms_dot.astype(jnp.float32),
         leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),
     )
+    return (result, alarm), (dots, alarm if alarm is None else np.zeros((), jax.dtypes.float0))
 
 
-def measure_name(axis_name: AxisName) -> str:
-    """Name under which a measurement over these axes appears in a jaxpr.
+class MeasureCall(NamedTuple):
+    """Static arguments of a measurement."""
 
-    By it the guard recognises the measurement of a clip inside the optimizer that it wraps.
+    groups: Groups
+    axis_name: AxisName
+    watch: Watch | None
+
+
+_calls: dict[str, MeasureCall] = {}
+
+
+def find_call(name: Any) -> MeasureCall | None:
+    """The measurement that has this name in a jaxpr, if it is one.
+
+    So the guard recognises the measurement of a clip inside the optimizer that it wraps.
     """
-    return f"optax_guard_measure_{axis_name}"
+    return _calls.get(name)
 
 
 @functools.cache
-def _jitted_measure(axis_name: AxisName) -> Any:
-    def run(leaves, small_norms_matter, groups):
-        return _measure(leaves, small_norms_matter, groups, axis_name)
+def _jitted_measure(call: MeasureCall) -> Any:
+    def run(leaves, small_norms_matter, watched):
+        return _measure(leaves, small_norms_matter, watched, *call)
 
-    run.__name__ = run.__qualname__ = measure_name(axis_name)
-    return jax.jit(run, static_argnums=2)
+    name = f"{call.groups}, {call.axis_name}, {call.watch and call.watch.__qualname__}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    run.__name__ = run.__qualname__ = f"optax_guard_measure_{digest}"
+    _calls[run.__name__] = call
+    return jax.jit(run)
 
 
 def measure(
@@ -359,7 +384,27 @@ def measure(
       small_norms_matter: scalar bool, false when nobody cares how far below about 1e-10 a
         norm is, which spares arrays of zeros the second read.
     """
-    return _jitted_measure(axis_name)(tuple(leaves), jnp.asarray(small_norms_matter), groups)
+    return measure_and_watch(
+        leaves, groups, axis_name=axis_name, small_norms_matter=small_norms_matter
+    )[0]
+
+
+def measure_and_watch(
+    leaves: Sequence[jax.Array],
+    groups: Groups,
+    *,
+    axis_name: AxisName,
+    small_norms_matter: jax.Array | bool = True,
+    watch: Watch | None = None,
+    watched: Any = (),
+) -> tuple[Measurement, jax.Array | None]:
+    """``measure``, and with ``axis_name`` whether ``watch`` gives the alarm on any device.
+
+    ``watch(leaves, watched, is_bad)`` returns a bool from what is on one device, ``is_bad`` being
+    whether the leaves are non-finite there; its answer needs no collective of its own.
+    """
+    run = _jitted_measure(MeasureCall(groups, axis_name, None if axis_name is None else watch))
+    return run(tuple(leaves), jnp.asarray(small_norms_matter), watched)
 
 
 def _factors(

@@ -184,15 +184,13 @@ def test_replicated_gradients_need_no_collective():
 
 
 @pytest.mark.parametrize("pipeline", ["og.guard", "og.guard, zscore", "og.guard, zscore by unit"])
-def test_shard_map_step_needs_one_all_reduce_and_one_of_a_single_flag(pipeline):
+def test_shard_map_step_needs_one_all_reduce(pipeline):
     program = compile_sharded(pipeline, "shard_map")
-    assert {each.kind for each in program.hot.collectives} == {"all-reduce"}
-    # The flag says whether parameters were non-finite already, which is looked at only once the
-    # gradients are known to be; it is shared on every step, since no collective may depend on data.
-    sums, *flag = sorted(program.hot.collectives, key=lambda each: -each.size)
-    assert [each.size for each in flag] in ([], [1])
+    (only,) = program.hot.collectives
+    assert only.kind == "all-reduce"
     units = sum(np.prod(shape[1:], dtype=int) for shape in SHAPES.values())
-    assert sums.size <= 3 * (units if "unit" in pipeline else len(SHAPES))
+    # At three scales, and whether parameters were non-finite already.
+    assert only.size <= 3 * (units if "unit" in pipeline else len(SHAPES)) + 1
     # All devices run the same collectives, whatever their data.
     assert sorted(program.dear.collectives) == sorted(program.hot.collectives)
 

@@ -17,6 +17,8 @@ from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optax_guard as og
 
@@ -344,6 +346,50 @@ def test_poison_from_before_is_told_from_a_bad_batch(where):
     with pytest.raises(og.GuardGaveUp, match="already non-finite") as caught:
         og.check(after, params)
     assert caught.value.reason == 17
+
+
+def sharded_steps(tx: Any, poison: dict[str, Any], batches: list[Any]) -> list[list[int]]:
+    """Reasons of each step on each of two devices, with ``poison`` in the parameters of one."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+    params = {"w": jnp.ones(8), "b": jnp.ones(4)} | poison
+
+    def steps(params, batches):
+        state, reasons = tx.init(params), []
+        for gradients in batches:
+            _, state = tx.update(gradients, state, params)
+            reasons.append(jnp.stack([state.skip_reason, state.gave_up.astype(jnp.int32)]))
+        return jnp.stack(reasons)[None]
+
+    run = jax.jit(
+        jax.shard_map(steps, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    )
+    first, second = run(params, batches)
+    assert first.tolist() == second.tolist()
+    return first.tolist()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: og.guard(optax.sgd(0.1, momentum=0.9), axis_name="data"),
+        lambda: og.guard(
+            optax.chain(og.clip_by_zscore(scope="leaf", axis_name="data"), optax.sgd(0.1)),
+            axis_name="data",
+        ),
+    ],
+)
+def test_every_device_learns_of_a_poison_on_one(make):
+    good = {"w": jnp.ones(8), "b": jnp.ones(4)}
+    bad_first = good | {"w": jnp.ones(8).at[0].set(jnp.nan)}
+    bad_second = good | {"w": jnp.ones(8).at[7].set(jnp.inf)}
+    healthy, batch, both = [0, 0], [1, 0], [1 + 16, 1]
+    steps = functools.partial(sharded_steps, make())
+    assert steps({}, [good, bad_first, bad_second, good]) == [healthy, batch, batch, healthy]
+    poison = {"b": jnp.ones(4).at[0].set(jnp.nan)}  # on the first device
+    assert steps(poison, [good, bad_first]) == [healthy, both]
+    # What is bad here is found here at once; elsewhere at the second bad step.
+    assert steps(poison, [good, bad_second, bad_second]) == [healthy, batch, both]
+    assert steps(poison, [bad_second, good, bad_second]) == [batch, [0, 0], batch]
 
 
 def test_bad_batch_alone_is_not_called_poison():

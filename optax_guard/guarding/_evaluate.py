@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optax_guard._norms import AxisName, measure, measure_name
+from optax_guard._norms import AxisName, MeasureCall, Watch, find_call, measure_and_watch
 from optax_guard._scopes import make_groups
 from optax_guard._trees import is_inexact, strong
 
@@ -115,45 +115,71 @@ def _check_state(old: Any, new: Any) -> None:
             )
 
 
+class GradientNorms(NamedTuple):
+    """What is known of the gradients before the update.
+
+    Attributes:
+      norm: of all leaves together.
+      leaf_norms: float32 ``[leaves]``.
+      leaf_finite: bool ``[leaves]``.
+      alarm: with ``axis_name``, whether ``watch`` gave it on any device; else None.
+      known: what is known of the variables of the proposal's jaxpr.
+    """
+
+    norm: jax.Array
+    leaf_norms: jax.Array
+    leaf_finite: jax.Array
+    alarm: jax.Array | None
+    known: dict[core.Var, Any]
+
+
 def measure_gradients(
-    proposal: Proposal, axis_name: AxisName
-) -> tuple[jax.Array, jax.Array, jax.Array, dict[core.Var, Any]]:
-    """Norm of the gradients, norm and finiteness of every leaf.
+    proposal: Proposal, axis_name: AxisName, watch: Watch | None = None, watched: Any = ()
+) -> GradientNorms:
+    """Norms and finiteness of the gradients, in one read that a clip inside shares.
 
     A clip of this library inside the optimizer measures the very gradients that the guard must
-    measure. Its equation is then evaluated here, ahead of the others, and serves both.
-
-    Returns:
-      A scalar, float32 ``[leaves]``, bool ``[leaves]``, and what is known of the jaxpr's
-      variables by now.
+    measure. What its equation is given is then evaluated here, ahead of the others, and one
+    measurement serves both. So it does for a guard inside, which watches by itself.
     """
     gradients = [proposal.arguments[i] for i in proposal.gradients]
     leaves = [jnp.asarray(leaf) for leaf in gradients if is_inexact(leaf)]
-    equation = _find_measurement(proposal, axis_name)
-    if equation is None:
-        measured = measure(leaves, make_groups("global", [], leaves), axis_name=axis_name)
-        return measured.norm, measured.leaf_norms, measured.leaf_finite, {}
-    needed = _equations_for(proposal.jaxpr, equation)
-    known = _inputs(proposal.jaxpr, proposal.arguments)
-    for each in needed:
-        known.update(_evaluate_equation(each, known))
-    *_, norm, leaf_norms, leaf_finite = (known[var] for var in equation.outvars)
-    return norm, leaf_norms, leaf_finite, {var: known[var] for var in equation.outvars}
+    measure = functools.partial(
+        measure_and_watch, leaves, axis_name=axis_name, watch=watch, watched=watched
+    )
+    equation, call = _find_measurement(proposal, axis_name)
+    if equation is None or call is None:
+        measured, alarm = measure(make_groups("global", [], leaves))
+        return GradientNorms(*measured[-3:], alarm, {})
+    given = _inputs(proposal.jaxpr, proposal.arguments)
+    for each in _equations_for(proposal.jaxpr, equation):
+        given.update(_evaluate_equation(each, given))
+    if call.watch is not None:
+        known = _evaluate_equation(equation, given)
+        *_, norm, leaf_norms, leaf_finite, alarm = known.values()
+        return GradientNorms(norm, leaf_norms, leaf_finite, alarm, known)
+    small_norms_matter = _read(given, equation.invars[len(leaves)])
+    measured, alarm = measure(call.groups, small_norms_matter=small_norms_matter)
+    known = dict(zip(equation.outvars, jax.tree.leaves(measured), strict=True))
+    return GradientNorms(*measured[-3:], alarm, known)
 
 
-def _find_measurement(proposal: Proposal, axis_name: AxisName) -> core.JaxprEqn | None:
+def _find_measurement(
+    proposal: Proposal, axis_name: AxisName
+) -> tuple[core.JaxprEqn | None, MeasureCall | None]:
     variables = _input_variables(proposal.jaxpr)
     gradients = [variables[i] for i in proposal.gradients if is_inexact(proposal.arguments[i])]
     for equation in proposal.jaxpr.eqns:
-        is_measurement = equation.params.get("name") == measure_name(axis_name)
-        if is_measurement and list(equation.invars[:-1]) == gradients:
-            return equation
-    return None
+        call = find_call(equation.params.get("name"))
+        is_measurement = call is not None and call.axis_name == axis_name
+        if is_measurement and list(equation.invars[: len(gradients)]) == gradients:
+            return equation, call
+    return None, None
 
 
 def _equations_for(jaxpr: core.Jaxpr, last: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """The equations that ``last`` depends on, in order, and ``last`` itself."""
-    wanted = set(last.outvars)
+    """The equations that ``last`` depends on, in order."""
+    wanted = {atom for atom in last.invars if isinstance(atom, core.Var)}
     needed = []
     for equation in reversed(jaxpr.eqns):
         if not wanted.isdisjoint(equation.outvars):

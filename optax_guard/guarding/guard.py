@@ -180,29 +180,37 @@ def guard(
 
     def update(updates, state, params=None, **extra_args):
         proposal = propose(inner_update, updates, state.inner_state, params, extra_args)
-        grad_norm, leaf_norms, leaf_finite, known = measure_gradients(proposal, axis_name)
+        watched = _watch(params, state, extra_args.get("value"))
+        grad_norm, leaf_norms, leaf_finite, alarm, known = measure_gradients(
+            proposal, axis_name, _look_if, watched
+        )
         value = _shared_value(extra_args.get("value"), axis_name)
         bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
         is_finite = jnp.all(leaf_finite) & ~bad_value
         bad_proposal, bad_updates = jnp.asarray(False), None
         if check_update:
-            bad_proposal, bad_updates = _judge_proposal(proposal, state, is_finite, axis_name)
+            bad_proposal, bad_updates, late_alarm = _judge_proposal(
+                proposal, is_finite, watched, axis_name
+            )
+            alarm = None if alarm is None else alarm | late_alarm
 
         rejected, condition_states = _judge_conditions(
             conditions, is_finite, bad_proposal, grad_norm, value, state.condition_states
         )
         bad_proposal &= is_finite
         ok = is_finite & ~bad_proposal & ~rejected
-        # ``ok`` passes through the branch, so that XLA looks at the old state before it
-        # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
-        ok, was_poisoned = lax.cond(
-            ok,
-            lambda p, s: (jnp.asarray(True), _false_like(p, s.inner_state, axis_name)),
-            lambda p, s: (jnp.asarray(False), _was_poisoned(updates, p, s)),
-            params,
-            state,
-        )
-        was_poisoned = _any_device(was_poisoned & (~is_finite | bad_proposal), axis_name)
+        if alarm is None:
+            # ``ok`` passes through the branch, so that XLA looks at the old state before it
+            # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
+            gradients = inexact_leaves(updates)
+            ok, alarm = lax.cond(
+                ok,
+                lambda *_: (jnp.asarray(True), jnp.asarray(False)),
+                lambda *operands: (jnp.asarray(False), _was_poisoned(*operands)),
+                gradients,
+                watched,
+            )
+        was_poisoned = alarm & (~is_finite | bad_proposal)
         reason = _bits(
             (GRADIENT, ~jnp.all(leaf_finite)),
             (LOSS_VALUE, bad_value),
@@ -356,40 +364,66 @@ def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
         return flags
 
 
-def _was_poisoned(gradients: Any, params: Any, state: GuardState) -> jax.Array:
-    like = inexact_leaves(gradients)
-    return any_nonfinite(like, state.initially_nonfinite, state.inner_state, params)
+class _Watched(NamedTuple):
+    """What may have been non-finite before the step, and whether to look without a reason."""
+
+    params: list[jax.Array]
+    inner_state: list[jax.Array]
+    initially_nonfinite: jax.Array
+    is_suspicious: jax.Array
 
 
-def _false_like(params: Any, inner_state: Any, axis_name: AxisName) -> jax.Array:
+def _watch(params: Any, state: GuardState, value: Any) -> _Watched:
+    # On many devices what is bad here may be fine elsewhere, where a poison sits. All of them
+    # look in the step after.
+    is_suspicious = state.last_step_skipped
+    if value is not None:
+        is_suspicious |= ~jnp.all(jnp.isfinite(jnp.asarray(value)))
+    leaves = (inexact_leaves(params), inexact_leaves(state.inner_state))
+    return _Watched(*leaves, state.initially_nonfinite, is_suspicious)
+
+
+def _was_poisoned(gradients: Sequence[jax.Array], watched: _Watched) -> jax.Array:
+    return any_nonfinite(
+        gradients, watched.initially_nonfinite, watched.inner_state, watched.params
+    )
+
+
+def _was_not(gradients: Sequence[jax.Array], watched: _Watched) -> jax.Array:
     """False, of the mesh axes that ``_was_poisoned`` varies over: it looks at no element."""
-    if axis_name is None:
-        return jnp.asarray(False)
-    nothing = [leaf.reshape(-1)[:0] for leaf in inexact_leaves((params, inner_state))]
+    del gradients
+    nothing = [leaf.reshape(-1)[:0] for leaf in (*watched.params, *watched.inner_state)]
     return jnp.any(stack_flags([is_nonfinite(leaf) for leaf in nothing]))
 
 
-def _judge_proposal(
-    proposal: Proposal, state: GuardState, is_finite: jax.Array, axis_name: AxisName
-) -> tuple[jax.Array, jax.Array]:
-    """Whether the proposed updates or state are non-finite, and which leaves of the updates."""
+def _look_if(gradients: Sequence[jax.Array], watched: _Watched, is_bad: jax.Array) -> jax.Array:
+    """Whether there is a poison on this device; looks for it only if something is bad here."""
+    is_due = is_bad | watched.is_suspicious
+    return lax.cond(is_due, _was_poisoned, _was_not, list(gradients), watched)
 
-    def judge(arguments, is_exempt):
+
+def _judge_proposal(
+    proposal: Proposal, is_finite: jax.Array, watched: _Watched, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether the proposed updates or state are non-finite, which updates, and the alarm if so."""
+    gradients = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
+
+    def judge(arguments):
         updates, new_state = evaluate(proposal._replace(arguments=arguments))
         bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
-        like = inexact_leaves([arguments[i] for i in proposal.gradients])
-        bad_state = any_nonfinite(like, is_exempt, new_state)
+        bad_state = any_nonfinite(gradients, watched.initially_nonfinite, new_state)
         return jnp.append(bad_updates, jnp.any(bad_updates) | bad_state)
 
-    operands = (proposal.arguments, state.initially_nonfinite)
     if axis_name is None:
         # In a branch of its own XLA does not share what the real evaluation will compute again;
         # it would write all of it to memory for that, and take twice the time.
-        nothing = jax.eval_shape(judge, *operands)
-        flags = lax.cond(is_finite, judge, lambda *_: jnp.zeros_like(nothing), *operands)
-    else:  # ``inner`` may hold collectives, which must not sit under a branch
-        flags = _any_device(judge(*operands), axis_name)
-    return flags[-1], flags[:-1]
+        nothing = jax.eval_shape(judge, proposal.arguments)
+        flags = lax.cond(is_finite, judge, lambda _: jnp.zeros_like(nothing), proposal.arguments)
+        return flags[-1], flags[:-1], jnp.asarray(False)
+    flags = judge(proposal.arguments)  # not under a branch: ``inner`` may hold collectives
+    alarm = _look_if(gradients, watched, jnp.any(flags))
+    flags = _any_device(jnp.append(flags, alarm), axis_name)
+    return flags[-2], flags[:-2], flags[-1]
 
 
 def _judge_conditions(

@@ -155,13 +155,13 @@ def dynamic_loss_scale(
         split = float_leaves(_widen(updates))
         unscaled = split.replace([times(leaf, inverse) for leaf in split.arrays])
         proposal = propose(inner_update, unscaled, state.inner_state, _widen(params), extra_args)
-        *_, leaf_finite, known = measure_gradients(proposal, axis_name)
+        norms = measure_gradients(proposal, axis_name)
         # Through a branch, so that XLA does not repeat what led to it in the loop of every leaf.
-        is_finite = lax.cond(jnp.all(leaf_finite), lambda: True, lambda: False)
+        is_finite = lax.cond(jnp.all(norms.leaf_finite), lambda: True, lambda: False)
         is_for_inner = is_finite
         if _is_guarded(state.inner_state):
             is_for_inner |= state.loss_scale <= min_scale
-        new_updates, inner_state = run(proposal, is_for_inner, known)
+        new_updates, inner_state = run(proposal, is_for_inner, norms.known)
         new_state = _record(state, is_finite)._replace(inner_state=inner_state)
         return _narrow(new_updates, updates, params), new_state
 
