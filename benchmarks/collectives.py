@@ -10,7 +10,8 @@ on 8 devices, sharded like data-parallel, fully sharded and tensor-parallel trai
 billion parameters, fully sharded over 64 x tensor-parallel over 8 devices. For every pipeline it
 prints the collectives of a healthy step, those of rare branches apart, and the bytes of state that
 it adds to the optimizer's. Expected: at most one small all-reduce more than the bare optimizer (XLA
-on CPU splits it at 256 arrays), never an all-gather, and kilobytes of state.
+on CPU splits it at 256 arrays; in ``shard_map`` the default of ``stabilize`` takes two), never an
+all-gather, and kilobytes of state.
 """
 
 from __future__ import annotations
@@ -186,7 +187,10 @@ def compile_sharded(tx: Optimizer, shapes: dict[str, tuple[int, ...]], layout: L
     """The compiled step, and the abstract state of the transformation."""
     mesh = layout.mesh()
     specs = {name: layout.spec(name, shape) for name, shape in shapes.items()}
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs[name]))
+        for name, shape in shapes.items()
+    }
 
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
@@ -204,13 +208,13 @@ def compile_sharded(tx: Optimizer, shapes: dict[str, tuple[int, ...]], layout: L
         is_leaf=lambda x: x is None or isinstance(x, P),
     )
     shardings = (place(specs), place(state_specs))
-    jitted = jax.jit(
-        step,
-        in_shardings=(*shardings, shardings[0]),
-        out_shardings=shardings,
-        donate_argnums=(0, 1),
+    jitted = jax.jit(step, out_shardings=shardings, donate_argnums=(0, 1))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings[1],
     )
-    return jitted.lower(params, state, params).compile(), state
+    return jitted.lower(params, placed, params).compile(), state
 
 
 def describe(

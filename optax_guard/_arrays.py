@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 
 def increment(count: jax.Array) -> jax.Array:
@@ -63,6 +64,12 @@ def times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
         return lax.complex(times(leaf.real, factor), times(leaf.imag, factor))
     wide = jnp.promote_types(leaf.dtype, factor.dtype)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
+
+
+def is_partitioned(leaf: Any) -> bool:
+    """Whether an array is known to lie on a mesh whose axes XLA splits, not ``shard_map``."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    return not mesh.empty and set(mesh.axis_types) != {AxisType.Manual}
 
 
 def update_towards(target: jax.Array, start: jax.Array, dtype: Any) -> jax.Array:

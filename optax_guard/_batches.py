@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+
+from optax_guard._arrays import is_partitioned
 
 _MAX_SIZE = 2**14
 _MAX_LENGTH = 64
@@ -39,10 +40,10 @@ def make_batches(leaves: Sequence[Any]) -> list[list[int]]:
 
 def can_be_stacked(leaf: Any) -> bool:
     """Whether an array is small, and on one device or inside ``shard_map``."""
-    mesh = jax.typeof(leaf).sharding.mesh
+    if leaf.size > _MAX_SIZE or is_partitioned(leaf):
+        return False
     # Without a mesh it may still be sharded, by the ``in_shardings`` of ``jit``.
-    is_local = jax.device_count() == 1 if mesh.empty else set(mesh.axis_types) == {AxisType.Manual}
-    return leaf.size <= _MAX_SIZE and is_local
+    return jax.device_count() == 1 or not jax.typeof(leaf).sharding.mesh.empty
 
 
 def load(batch: Sequence[int], leaves: Sequence[Any]) -> jax.Array:

@@ -163,12 +163,16 @@ def compile_sharded(pipeline: str, layout: str) -> _hlo.Program:
     return _hlo.analyze(collectives.compile_sharded(tx, SHAPES, layout)[0])
 
 
-@pytest.mark.parametrize("pipeline", ["og.guard", "og.guard, zscore", "og.guard, zscore by leaf"])
+@pytest.mark.parametrize(
+    "pipeline", ["og.guard", "og.stabilize", "og.guard, zscore", "og.guard, zscore by leaf"]
+)
 @pytest.mark.parametrize("layout", ["fully sharded", "tensor-parallel"])
 def test_sharded_step_needs_one_all_reduce_of_one_number_a_leaf(layout, pipeline):
-    (only,) = compile_sharded(pipeline, layout).hot.collectives
+    program = compile_sharded(pipeline, layout)
+    (only,) = program.hot.collectives
     assert only.kind == "all-reduce"
     assert only.size <= len(SHAPES)
+    assert {each.kind for each in program.dear.collectives} == {"all-reduce"}
 
 
 def test_sharding_over_two_axes_needs_as_many_all_reduces_as_optax_does():
@@ -193,6 +197,12 @@ def test_shard_map_step_needs_one_all_reduce(pipeline):
     assert only.size <= 3 * (units if "unit" in pipeline else len(SHAPES)) + 1
     # All devices run the same collectives, whatever their data.
     assert sorted(program.dear.collectives) == sorted(program.hot.collectives)
+
+
+def test_the_default_of_stabilize_needs_one_more_to_measure_the_optimizer():
+    found = compile_sharded("og.stabilize", "shard_map").hot.collectives
+    assert [each.kind for each in found] == ["all-reduce"] * 2
+    assert sorted(each.size for each in found) == [2 * len(SHAPES), 3 * len(SHAPES) + 1]
 
 
 def test_by_unit_no_norm_leaves_the_device_that_needs_it():

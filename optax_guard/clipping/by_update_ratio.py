@@ -11,7 +11,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_guard._arrays import increment, root_sum_square, safe_ratio, times, tree_where
+from optax_guard._arrays import (
+    increment,
+    is_partitioned,
+    root_sum_square,
+    safe_ratio,
+    times,
+    tree_where,
+)
 from optax_guard._checks import check_axis_name, check_count, check_number, check_transformation
 from optax_guard._inner import gradient_like, tolerant_update
 from optax_guard._norms import AxisName, Scaling, measure, psum, rescale
@@ -282,13 +289,16 @@ def _varying_zero(tree: Any) -> jax.Array:
 def _squared_sums(moved: jax.Array, resting: jax.Array, weights: jax.Array) -> jax.Array:
     """Of ``moved - resting`` and of ``weights``; zeros for arrays that do not count.
 
-    Both in one reduction, because XLA on CPU keeps the constants of the optimizer's update in
-    memory, as large as ``weights``, for two separate ones. It adds one by one in float32: first
-    within rows, so that the rounding does not pile up.
+    Both in one reduction, because XLA on CPU writes an array as large as ``weights`` to memory for
+    two separate ones. It adds one by one in float32: first within rows, so that the rounding does
+    not pile up. Split along the rows, its partial sums would be gathered; the separate ones are
+    all-reduced.
     """
     if weights.ndim < 2:
         return jnp.zeros((2,), jnp.float32)
     change = moved.astype(jnp.promote_types(moved.dtype, jnp.float32)) - resting
+    if is_partitioned(weights):
+        return jnp.stack([jnp.sum(_squares(change)), jnp.sum(_squares(weights))])
     zero = jnp.zeros((), jnp.float32)
     rows = lax.reduce(
         (_squares(change), _squares(weights)),

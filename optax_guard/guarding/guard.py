@@ -116,7 +116,9 @@ def guard(
         more evaluation of ``inner`` and one more reduction. Off by default: then such poison is
         found one step later, as reason 16.
       axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
-        all devices then take the same decision. Not needed under plain ``jit``.
+        all devices then take the same decision, in one all-reduce. Reason 16 is then looked for
+        where gradients are non-finite, and on all devices in the step after. Not needed under
+        plain ``jit``.
 
     Returns:
       A transformation that passes extra args on to ``inner``, less those that it does not take.
