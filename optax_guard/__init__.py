@@ -25,8 +25,9 @@ from optax_guard.constraining.box import ClipParamsState, clip_params
 from optax_guard.constraining.l1 import AddL1State, add_l1
 from optax_guard.constraining.norm_ball import ClipParamsByNormState, clip_params_by_norm
 from optax_guard.guarding.conditions import Condition, SpikeState, norm_above, spike
-from optax_guard.guarding.guard import GuardState, guard, stabilize
+from optax_guard.guarding.guard import GuardState, guard
 from optax_guard.guarding.microbatch import SkipMicrobatchState, skip_microbatch
+from optax_guard.guarding.stabilize import stabilize
 from optax_guard.normalizing.and_scale import NormalizeAndScaleState, normalize_and_scale
 from optax_guard.normalizing.by_ema_norm import (
     EmaNormHistory,

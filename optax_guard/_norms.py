@@ -6,16 +6,15 @@ scales, fixed powers of two, so that 1e-37 does not underflow and 3e38 does not 
 With ``axis_name`` the branch stays local to each device and the sums of all three scales
 travel in one ``psum``, and with them what a guard wants to know: no collective depends on data.
 
-``rescale`` multiplies by ``limit / norm`` as two factors, since the quotient itself may be
-subnormal. Both have derivative rules, because those of the parts overflow where the
-derivative of the whole is finite (at zero, at 1e-30, and next to a NaN).
+It has a derivative rule, because those of the parts overflow where the derivative of the whole is
+finite (at zero, at 1e-30, and next to a NaN).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,25 +24,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard._batches import load, make_batches
+from optax_guard._rescale import RANGES, any_of, factors_to, scale_by, widen
 from optax_guard._scopes import Groups, make_groups
 
 AxisName = str | tuple[str, ...] | None
 Watch = Callable[[tuple[jax.Array, ...], Any, jax.Array], jax.Array]
-
-
-class _Range(NamedTuple):
-    """Sums of squares in [low, high] are accurate; ``up`` and ``down`` rescale the others."""
-
-    low: float
-    high: float
-    up: float
-    down: float
-
-
-_RANGES = {
-    np.dtype("float32"): _Range(2.0**-66, 2.0**126, 2.0**80, 2.0**-100),
-    np.dtype("float64"): _Range(2.0**-400, 2.0**1000, 2.0**500, 2.0**-600),
-}
 
 
 class Measurement(NamedTuple):
@@ -152,13 +137,13 @@ def _at_all_scales(
             for part, scale in zip(sums, scales, strict=True)
         )
 
-    r = _RANGES[dtype]
+    r = RANGES[dtype]
     return _Sums(at_scale(r.down), at_scale(1.0), at_scale(r.up))
 
 
 def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Groups) -> _Sums:
     """Sums of squares of leaves whose own plain sums, a term a batch, may be out of range."""
-    r = _RANGES[groups.dtype]
+    r = RANGES[groups.dtype]
     # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
     # only if no two leaves share the broadcast factor.
     scales = [
@@ -178,11 +163,6 @@ def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Gro
     return _at_all_scales(sums, scales, groups.dtype)
 
 
-def _any(flags: Iterable[jax.Array]) -> jax.Array:
-    flags = [jnp.any(flag) for flag in flags]
-    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
-
-
 def psum(tree: Any, axis_name: AxisName) -> Any:
     """One ``psum`` of all arrays of a tree that share a dtype; the identity without axes."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -199,7 +179,7 @@ def _root(
     down: jax.Array, plain: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm, scaled norm and finiteness from the sums of squares at three scales."""
-    r = _RANGES[np.dtype(plain.dtype)]
+    r = RANGES[np.dtype(plain.dtype)]
     is_finite = jnp.isfinite(down)
     scaled = jnp.sqrt(down)
     saturated = jnp.minimum(scaled * (1 / r.down), jnp.finfo(plain.dtype).max)
@@ -240,7 +220,7 @@ def _plain_roots(stacked: tuple[jax.Array, ...], groups: Groups) -> Measurement:
     leaf_sums = groups.leaf_vector(stacked)
     return Measurement(
         norms=norms,
-        scaled=tuple(norm * _RANGES[groups.dtype].down for norm in norms),
+        scaled=tuple(norm * RANGES[groups.dtype].down for norm in norms),
         finite=tuple(map(jnp.isfinite, sums)),
         norm=jnp.sqrt(jnp.sum(leaf_sums)),
         leaf_norms=jnp.sqrt(leaf_sums).astype(jnp.float32),
@@ -257,18 +237,20 @@ def _measure(
     axis_name: AxisName,
     watch: Watch | None,
 ) -> tuple[Measurement, jax.Array | None]:
-    r = _RANGES[groups.dtype]
+    r = RANGES[groups.dtype]
     batches = _make_batches(leaves, groups)
     terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
     stacked = _unload(terms, batches, groups)
     sums = groups.total(stacked)
     high = r.high / max(1, sum(part.size for part in sums))  # that of all groups fits then, too
-    is_cold = _any([~(part <= high) for part in sums])
+    is_cold = any_of([~(part <= high) for part in sums])
     if any(leaf.dtype != jnp.float16 for leaf in leaves):
         # Squares of float16 fit float32. A constant False for them would let XLA fold the scales
         # into infinite ones.
         are_small = [part < r.low for part in sums]
-        is_cold |= jnp.where(small_norms_matter, _any(are_small), ~_any(map(jnp.invert, are_small)))
+        is_cold |= jnp.where(
+            small_norms_matter, any_of(are_small), ~any_of(map(jnp.invert, are_small))
+        )
 
     # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
     # them; else it would repeat the sum over all leaves in the loop of every leaf.
@@ -303,19 +285,19 @@ def _measure_jvp(groups, axis_name, watch, primals, tangents):
     leaves, *_ = primals
     leaf_dots, *_ = tangents
     result, alarm = _measure(*primals, groups, axis_name, watch)
-    down = _RANGES[groups.dtype].down
+    down = RANGES[groups.dtype].down
 
     def tangent(groups, norms, scaled, finite):
         # d|g| = <g, dg> / |g|; zero where the norm is zero or not finite.
         ones = tuple(jnp.ones_like(norm) for norm in norms)
-        firsts, seconds = map(groups.spread, _factors(norms, scaled, ones))
+        firsts, seconds = map(groups.spread, factors_to(norms, scaled, ones))
         is_usable = groups.spread(
             [is_finite & (norm > 0) for is_finite, norm in zip(finite, norms, strict=True)]
         )
         terms = []
         for i, (leaf, axes) in enumerate(zip(leaves, groups.axes, strict=True)):
-            wide = _widen(jnp.where(is_usable[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
-            unit = _times(wide, firsts[i], seconds[i])
+            wide = widen(jnp.where(is_usable[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
+            unit = scale_by(wide, firsts[i], seconds[i])
             product = jnp.real(jnp.conj(unit) * leaf_dots[i].astype(unit.dtype))
             terms.append(jnp.sum(product, axis=axes, keepdims=len(axes) < leaf.ndim))
         return groups.total(psum(groups.stack(terms), axis_name))
@@ -405,96 +387,3 @@ def measure_and_watch(
     """
     run = _jitted_measure(MeasureCall(groups, axis_name, None if axis_name is None else watch))
     return run(tuple(leaves), jnp.asarray(small_norms_matter), watched)
-
-
-def _factors(
-    norms: Sequence[jax.Array], scaled: Sequence[jax.Array], limits: Sequence[jax.Array]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Two factors for each group whose product is ``limit / norm``, neither one subnormal."""
-    firsts, seconds = [], []
-    for norm, small, limit in zip(norms, scaled, limits, strict=True):
-        r = _RANGES[np.dtype(norm.dtype)]
-        tiny = float(jnp.finfo(norm.dtype).tiny)
-        is_large = norm > 1 / (4 * tiny)  # the reciprocal would be subnormal
-        divisor = jnp.where(norm > 0, norm, 1)
-        quotient = limit / divisor
-        is_plain = ~is_large & (jnp.abs(quotient) >= 2**24 * tiny) & (norm >= tiny)
-        is_plain &= jnp.isfinite(quotient)
-        first = jnp.where(is_large, r.down, 1 / divisor)
-        second = jnp.where(is_large, limit / jnp.where(small > 0, small, 1), limit)
-        firsts.append(jnp.where(is_plain, 1, first))
-        seconds.append(jnp.where(is_plain, quotient, second))
-    return firsts, seconds
-
-
-def _widen(leaf: jax.Array, dtype: Any) -> jax.Array:
-    """``leaf`` in at least the precision of ``dtype``."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
-
-
-def _times(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """``leaf * first * second`` in the precision of the factors, in the dtype of the leaf."""
-    if jnp.iscomplexobj(leaf):
-        # A complex product would turn Inf into NaN and -0.0 into 0.0.
-        real, imag = (_times(part, first, second) for part in (leaf.real, leaf.imag))
-        return lax.complex(real, imag)
-    return ((_widen(leaf, first.dtype) * first) * second).astype(leaf.dtype)
-
-
-class Scaling(NamedTuple):
-    """How to bring groups to ``limits``: blocks of norms, scaled norms, limits and verdicts."""
-
-    norms: tuple[jax.Array, ...]
-    scaled: tuple[jax.Array, ...]
-    limits: tuple[jax.Array, ...]
-    active: tuple[jax.Array, ...]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> tuple:
-    """Gives each active group the norm ``limit``; the others keep every bit."""
-    ones = [jnp.ones_like(norm) for norm in scaling.norms]
-
-    def factors(scaling):
-        return tuple(
-            list(map(jnp.where, scaling.active, blocks, ones)) for blocks in _factors(*scaling[:3])
-        )
-
-    # The branch saves little, but XLA cannot fuse across it; without it all that led to the
-    # factors would be repeated in the loop of every leaf, and compiling take five times as long.
-    if groups.kind == "leaf":
-        # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
-        # would make all loops different, and the compiler compiles equal ones once.
-        pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
-        one = jnp.ones((2,), pairs.dtype)  # the tree may be empty
-        spread = lax.cond(_any(scaling.active), list, lambda pairs: [one] * len(leaves), pairs)
-        firsts, seconds = ([pair[place] for pair in spread] for place in (0, 1))
-    else:
-        chosen = lax.cond(_any(scaling.active), factors, lambda _: (ones, ones), scaling)
-        firsts, seconds = map(groups.spread, chosen)
-    return tuple(map(_times, leaves, firsts, seconds))
-
-
-@rescale.defjvp
-def _rescale_jvp(groups, primals, tangents):
-    # u = g L/n, so du = (dg - (g/n) dn) L/n + (g/n) dL. Every factor is finite where u is.
-    leaves, scaling = primals
-    leaf_dots, scaling_dot = tangents
-    ones = tuple(jnp.ones_like(norm) for norm in scaling.norms)
-    norms, scaled, limits = (
-        tuple(map(jnp.where, scaling.active, blocks, ones))
-        for blocks in (scaling.norms, scaling.scaled, scaling.limits)
-    )
-    unit_factors = [groups.spread(factor) for factor in _factors(norms, scaled, ones)]
-    factors = [groups.spread(factor) for factor in _factors(norms, scaled, limits)]
-    active = groups.spread(scaling.active)
-    norm_dots = groups.spread(scaling_dot.norms)
-    limit_dots = groups.spread(scaling_dot.limits)
-    result = []
-    for i, (leaf, dot) in enumerate(zip(leaves, leaf_dots, strict=True)):
-        wide = _widen(jnp.where(active[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
-        unit = _times(wide, unit_factors[0][i], unit_factors[1][i])
-        across = dot.astype(unit.dtype) - unit * norm_dots[i]
-        moved = _times(across, factors[0][i], factors[1][i]) + unit * limit_dots[i]
-        result.append(jnp.where(active[i], moved.astype(leaf.dtype), dot))
-    return rescale(leaves, scaling, groups), tuple(result)

@@ -18,7 +18,8 @@ import optax
 from jax import lax
 
 from optax_guard._arrays import increment, root_sum_square, safe_ratio, tree_where
-from optax_guard._norms import AxisName, Measurement, Scaling, measure, rescale
+from optax_guard._norms import AxisName, Measurement, measure
+from optax_guard._rescale import Scaling, rescale
 from optax_guard._scopes import Groups, Scope, make_groups, stack
 from optax_guard._trees import FloatLeaves, float_leaves
 

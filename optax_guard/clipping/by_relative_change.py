@@ -11,7 +11,8 @@ from jax import lax
 
 from optax_guard._arrays import increment, safe_ratio, tree_where
 from optax_guard._checks import check_number
-from optax_guard._norms import Scaling, measure, rescale
+from optax_guard._norms import measure
+from optax_guard._rescale import Scaling, rescale
 from optax_guard._scopes import make_groups, stack
 from optax_guard._trees import float_leaves
 

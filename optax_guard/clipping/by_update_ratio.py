@@ -21,7 +21,8 @@ from optax_guard._arrays import (
 )
 from optax_guard._checks import check_axis_name, check_count, check_number, check_transformation
 from optax_guard._inner import gradient_like, tolerant_update
-from optax_guard._norms import AxisName, Scaling, measure, psum, rescale
+from optax_guard._norms import AxisName, measure, psum
+from optax_guard._rescale import Scaling, rescale
 from optax_guard._scopes import make_groups, stack
 from optax_guard._trees import float_leaves, strong
 from optax_guard.clipping._history import FirstNorms, add_to_first, no_first_norms

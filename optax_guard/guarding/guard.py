@@ -16,7 +16,6 @@ from optax_guard._inner import gradient_like, tolerant_update
 from optax_guard._norms import AxisName, psum
 from optax_guard._states import factory_name, is_wrapper_state, own_states
 from optax_guard._trees import float_leaves, strong
-from optax_guard.clipping.by_update_ratio import clip_by_update_ratio
 from optax_guard.guarding._evaluate import Proposal, evaluate, measure_gradients, propose, run
 from optax_guard.guarding._finite import (
     any_nonfinite,
@@ -24,6 +23,7 @@ from optax_guard.guarding._finite import (
     is_nonfinite,
     stack_flags,
 )
+from optax_guard.guarding._poison import Watched, find_poison, look_if
 from optax_guard.guarding.conditions import Condition
 
 GRADIENT = 1
@@ -184,7 +184,7 @@ def guard(
         proposal = propose(inner_update, updates, state.inner_state, params, extra_args)
         watched = _watch(params, state, extra_args.get("value"))
         grad_norm, leaf_norms, leaf_finite, alarm, known = measure_gradients(
-            proposal, axis_name, _look_if, watched
+            proposal, axis_name, look_if, watched
         )
         value = _shared_value(extra_args.get("value"), axis_name)
         bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
@@ -208,7 +208,7 @@ def guard(
             ok, alarm = lax.cond(
                 ok,
                 lambda *_: (jnp.asarray(True), jnp.asarray(False)),
-                lambda *operands: (jnp.asarray(False), _was_poisoned(*operands)),
+                lambda *operands: (jnp.asarray(False), find_poison(*operands)),
                 gradients,
                 watched,
             )
@@ -258,60 +258,6 @@ def guard(
         return recorded._replace(**tree_where(skipped, fault, before))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def stabilize(
-    optimizer: optax.GradientTransformation,
-    *,
-    clip: optax.GradientTransformation | None = None,
-    **guard_options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Clips gradients and guards the optimizer: ``guard(chain(clip, optimizer))``.
-
-    Without ``clip`` it is ``guard(clip_by_update_ratio(optimizer))``, a rule with nothing to tune
-    that does not depend on the units of the loss. In the runs of ``examples/`` and
-    ``benchmarks/`` it survives every fault from the very first step on, leaves healthy training
-    as it is (784-128-64-10 on 5000 MNIST images, plain SGD at learning rate 0.1, 4 epochs:
-    within 0.1 points of no clip, where ``clip_by_norm(1.0)`` loses 1.2), and helps badly
-    initialised networks as well as the best fixed norm does. A recurrent network that explodes
-    (temporal order) is solved for 14 or 15 of 16 seeds; with ``clip_by_norm(1.0)`` for 15 or 16.
-
-    Args:
-      optimizer: the optimizer to protect.
-      clip: what to put before it; None for :func:`clip_by_update_ratio` around it, and
-        ``optax.identity()`` for none.
-      **guard_options: passed to :func:`guard`; ``axis_name`` is given to the default clip, too.
-
-    Returns:
-      A transformation; see :func:`guard` for its state and cost. Clip and guard share one
-      read of the gradients. The default clip evaluates ``optimizer`` twice more in the steps 0, 1,
-      2, 4, 8, ... and in every hundredth, and takes longer to compile;
-      ``clip=clip_by_norm(1.0)`` does not.
-
-    Raises:
-      TypeError: if ``optimizer`` or ``clip`` is no transformation; see also :func:`guard`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, optax_guard as og
-      >>> params = jnp.eye(2)
-      >>> tx = og.stabilize(optax.sgd(1.0), clip=og.clip_by_norm(1.0))
-      >>> updates, _ = tx.update(30 * params, tx.init(params), params)
-      >>> updates.round(3)
-      Array([[-0.707, -0.   ],
-             [-0.   , -0.707]], dtype=float32)
-      >>> tx = og.stabilize(optax.sgd(1.0))
-      >>> updates, _ = tx.update(0.01 * params, tx.init(params), params)
-      >>> updates.round(3)
-      Array([[-0.01, -0.  ],
-             [-0.  , -0.01]], dtype=float32)
-    """
-    check_transformation("optimizer", optimizer)
-    if clip is None:
-        axis_name = guard_options.get("axis_name")
-        return guard(clip_by_update_ratio(optimizer, axis_name=axis_name), **guard_options)
-    check_transformation("clip", clip)
-    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, tolerant_update(optimizer))
-    return guard(optax.chain(clip, tolerant), **guard_options)
 
 
 def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
@@ -366,46 +312,18 @@ def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
         return flags
 
 
-class _Watched(NamedTuple):
-    """What may have been non-finite before the step, and whether to look without a reason."""
-
-    params: list[jax.Array]
-    inner_state: list[jax.Array]
-    initially_nonfinite: jax.Array
-    is_suspicious: jax.Array
-
-
-def _watch(params: Any, state: GuardState, value: Any) -> _Watched:
+def _watch(params: Any, state: GuardState, value: Any) -> Watched:
     # On many devices what is bad here may be fine elsewhere, where a poison sits. All of them
     # look in the step after.
     is_suspicious = state.last_step_skipped
     if value is not None:
         is_suspicious |= ~jnp.all(jnp.isfinite(jnp.asarray(value)))
     leaves = (inexact_leaves(params), inexact_leaves(state.inner_state))
-    return _Watched(*leaves, state.initially_nonfinite, is_suspicious)
-
-
-def _was_poisoned(gradients: Sequence[jax.Array], watched: _Watched) -> jax.Array:
-    return any_nonfinite(
-        gradients, watched.initially_nonfinite, watched.inner_state, watched.params
-    )
-
-
-def _was_not(gradients: Sequence[jax.Array], watched: _Watched) -> jax.Array:
-    """False, of the mesh axes that ``_was_poisoned`` varies over: it looks at no element."""
-    del gradients
-    nothing = [leaf.reshape(-1)[:0] for leaf in (*watched.params, *watched.inner_state)]
-    return jnp.any(stack_flags([is_nonfinite(leaf) for leaf in nothing]))
-
-
-def _look_if(gradients: Sequence[jax.Array], watched: _Watched, is_bad: jax.Array) -> jax.Array:
-    """Whether there is a poison on this device; looks for it only if something is bad here."""
-    is_due = is_bad | watched.is_suspicious
-    return lax.cond(is_due, _was_poisoned, _was_not, list(gradients), watched)
+    return Watched(*leaves, state.initially_nonfinite, is_suspicious)
 
 
 def _judge_proposal(
-    proposal: Proposal, is_finite: jax.Array, watched: _Watched, axis_name: AxisName
+    proposal: Proposal, is_finite: jax.Array, watched: Watched, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether the proposed updates or state are non-finite, which updates, and the alarm if so."""
     gradients = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
@@ -423,7 +341,7 @@ def _judge_proposal(
         flags = lax.cond(is_finite, judge, lambda _: jnp.zeros_like(nothing), proposal.arguments)
         return flags[-1], flags[:-1], jnp.asarray(False)
     flags = judge(proposal.arguments)  # not under a branch: ``inner`` may hold collectives
-    alarm = _look_if(gradients, watched, jnp.any(flags))
+    alarm = look_if(gradients, watched, jnp.any(flags))
     flags = _any_device(jnp.append(flags, alarm), axis_name)
     return flags[-2], flags[:-2], flags[-1]
 

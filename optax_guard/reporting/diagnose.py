@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._checks import check_number
-from optax_guard._norms import _RANGES, measure
+from optax_guard._norms import measure
+from optax_guard._rescale import RANGES
 from optax_guard._scopes import make_groups
 from optax_guard.reporting._names import NamedLeaf, gradient_leaves, guard_leaf_names
 from optax_guard.reporting._states import find_outer_guards, refuse_batched, refuse_tracers
@@ -273,7 +274,7 @@ def _norm(numbers: np.ndarray) -> float:
     """The norm; one past float32 was saturated."""
     norm, scaled, _ = numbers
     if norm == np.finfo(np.float32).max and numbers.dtype == np.float32:
-        return float(scaled) / _RANGES[np.dtype("float32")].down
+        return float(scaled) / RANGES[np.dtype("float32")].down
     return float(norm)
 
 
