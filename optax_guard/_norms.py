@@ -385,5 +385,6 @@ def measure_and_watch(
     ``watch(leaves, watched, is_bad)`` returns a bool from what is on one device, ``is_bad`` being
     whether the leaves are non-finite there; its answer needs no collective of its own.
     """
-    run = _jitted_measure(MeasureCall(groups, axis_name, None if axis_name is None else watch))
-    return run(tuple(leaves), jnp.asarray(small_norms_matter), watched)
+    call = MeasureCall(groups, axis_name, None if axis_name is None else watch)
+    operands = (tuple(leaves), jnp.asarray(small_norms_matter), watched if call.watch else ())
+    return _jitted_measure(call)(*operands)
