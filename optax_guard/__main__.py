@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optax_guard.reporting.history import History
+from optax_guard.runlog.history import History
 
 _EPILOG = """\
 exit status: 0 if all went well, 1 if the picture could not be made, 2 if the file is missing,

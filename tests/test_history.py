@@ -33,7 +33,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 import optax_guard as og
-from optax_guard.reporting import _history_events, _history_file
+from optax_guard.runlog import events as _history_events
+from optax_guard.runlog import file as _history_file
 
 PARAMS = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((2, 2))}}
 NAMES = ("dense/bias", "dense/kernel")
@@ -260,7 +261,7 @@ def test_one_array_is_fetched_for_each_record(monkeypatch):
 
 
 def test_records_that_wait_are_limited(monkeypatch):
-    from optax_guard.reporting._history_fetch import Pending
+    from optax_guard.runlog.fetch import Pending
 
     monkeypatch.setattr(Pending, "is_ready", lambda self: False)
     written = []
@@ -427,7 +428,7 @@ def test_records_of_a_killed_run_are_in_the_file(tmp_path):
 def test_end_of_the_process_writes_what_is_left_even_after_an_error(tmp_path):
     body = """
         import sys, jax, jax.numpy as jnp, optax_guard as og
-        from optax_guard.reporting._history_fetch import Pending
+        from optax_guard.runlog.fetch import Pending
         Pending.is_ready = lambda self: False
         history = og.History(sys.argv[1])
         for step in range(3):

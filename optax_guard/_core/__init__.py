@@ -1,0 +1,1 @@
+"""What every transformation stands on: arrays, trees, norms, statistics, the interpreter."""

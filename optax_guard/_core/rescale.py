@@ -1,0 +1,133 @@
+"""Brings groups of elements to given norms, over the full range of their dtype.
+
+``rescale`` multiplies by ``limit / norm`` as two factors, since the quotient itself may be
+subnormal. It has a derivative rule, because those of the parts overflow where the derivative of
+the whole is finite (at zero, at 1e-30, and next to a NaN).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._core.groups import Groups
+
+
+class Range(NamedTuple):
+    """Sums of squares in [low, high] are accurate; ``up`` and ``down`` rescale the others."""
+
+    low: float
+    high: float
+    up: float
+    down: float
+
+
+RANGES = {
+    np.dtype("float32"): Range(2.0**-66, 2.0**126, 2.0**80, 2.0**-100),
+    np.dtype("float64"): Range(2.0**-400, 2.0**1000, 2.0**500, 2.0**-600),
+}
+
+
+def any_of(flags: Iterable[jax.Array]) -> jax.Array:
+    flags = [jnp.any(flag) for flag in flags]
+    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
+
+
+def factors_to(
+    norms: Sequence[jax.Array], scaled: Sequence[jax.Array], limits: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Two factors for each group whose product is ``limit / norm``, neither one subnormal."""
+    firsts, seconds = [], []
+    for norm, small, limit in zip(norms, scaled, limits, strict=True):
+        r = RANGES[np.dtype(norm.dtype)]
+        tiny = float(jnp.finfo(norm.dtype).tiny)
+        is_large = norm > 1 / (4 * tiny)  # the reciprocal would be subnormal
+        divisor = jnp.where(norm > 0, norm, 1)
+        quotient = limit / divisor
+        is_plain = ~is_large & (jnp.abs(quotient) >= 2**24 * tiny) & (norm >= tiny)
+        is_plain &= jnp.isfinite(quotient)
+        first = jnp.where(is_large, r.down, 1 / divisor)
+        second = jnp.where(is_large, limit / jnp.where(small > 0, small, 1), limit)
+        firsts.append(jnp.where(is_plain, 1, first))
+        seconds.append(jnp.where(is_plain, quotient, second))
+    return firsts, seconds
+
+
+def widen(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """``leaf`` in at least the precision of ``dtype``."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+
+
+def scale_by(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """``leaf * first * second`` in the precision of the factors, in the dtype of the leaf."""
+    if jnp.iscomplexobj(leaf):
+        # A complex product would turn Inf into NaN and -0.0 into 0.0.
+        real, imag = (scale_by(part, first, second) for part in (leaf.real, leaf.imag))
+        return lax.complex(real, imag)
+    return ((widen(leaf, first.dtype) * first) * second).astype(leaf.dtype)
+
+
+class Scaling(NamedTuple):
+    """How to bring groups to ``limits``: blocks of norms, scaled norms, limits and verdicts."""
+
+    norms: tuple[jax.Array, ...]
+    scaled: tuple[jax.Array, ...]
+    limits: tuple[jax.Array, ...]
+    active: tuple[jax.Array, ...]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> tuple:
+    """Gives each active group the norm ``limit``; the others keep every bit."""
+    ones = [jnp.ones_like(norm) for norm in scaling.norms]
+
+    def factors(scaling):
+        return tuple(
+            list(map(jnp.where, scaling.active, blocks, ones))
+            for blocks in factors_to(*scaling[:3])
+        )
+
+    # The branch saves little, but XLA cannot fuse across it; without it all that led to the
+    # factors would be repeated in the loop of every leaf, and compiling take five times as long.
+    if groups.kind == "leaf":
+        # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
+        # would make all loops different, and the compiler compiles equal ones once.
+        pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
+        one = jnp.ones((2,), pairs.dtype)  # the tree may be empty
+        spread = lax.cond(any_of(scaling.active), list, lambda pairs: [one] * len(leaves), pairs)
+        firsts, seconds = ([pair[place] for pair in spread] for place in (0, 1))
+    else:
+        chosen = lax.cond(any_of(scaling.active), factors, lambda _: (ones, ones), scaling)
+        firsts, seconds = map(groups.spread, chosen)
+    return tuple(map(scale_by, leaves, firsts, seconds))
+
+
+@rescale.defjvp
+def _rescale_jvp(groups, primals, tangents):
+    # u = g L/n, so du = (dg - (g/n) dn) L/n + (g/n) dL. Every factor is finite where u is.
+    leaves, scaling = primals
+    leaf_dots, scaling_dot = tangents
+    ones = tuple(jnp.ones_like(norm) for norm in scaling.norms)
+    norms, scaled, limits = (
+        tuple(map(jnp.where, scaling.active, blocks, ones))
+        for blocks in (scaling.norms, scaling.scaled, scaling.limits)
+    )
+    unit_factors = [groups.spread(factor) for factor in factors_to(norms, scaled, ones)]
+    factors = [groups.spread(factor) for factor in factors_to(norms, scaled, limits)]
+    active = groups.spread(scaling.active)
+    norm_dots = groups.spread(scaling_dot.norms)
+    limit_dots = groups.spread(scaling_dot.limits)
+    result = []
+    for i, (leaf, dot) in enumerate(zip(leaves, leaf_dots, strict=True)):
+        wide = widen(jnp.where(active[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
+        unit = scale_by(wide, unit_factors[0][i], unit_factors[1][i])
+        across = dot.astype(unit.dtype) - unit * norm_dots[i]
+        moved = scale_by(across, factors[0][i], factors[1][i]) + unit * limit_dots[i]
+        result.append(jnp.where(active[i], moved.astype(leaf.dtype), dot))
+    return rescale(leaves, scaling, groups), tuple(result)

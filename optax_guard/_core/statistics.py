@@ -1,0 +1,164 @@
+"""Running statistics that neither a constant nor a spike can spoil; arrays of groups throughout.
+
+Every average is in increment form, so that constant norms leave it bitwise constant, and
+variances are centred, so that they never go negative. Axis 0 of a buffer is time: whatever has
+the shape of the norms then broadcasts against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._core.arrays import increment
+
+
+class Moments(NamedTuple):
+    """Count, mean and biased variance of the norms of each group. Never stored in a state."""
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def zero_moments(norms: jax.ShapeDtypeStruct) -> Moments:
+    """Moments of nothing, each in a buffer of its own, since none can be donated twice."""
+    dtypes = (jnp.int32, norms.dtype, norms.dtype)
+    return Moments(*(jnp.zeros(norms.shape, dtype) for dtype in dtypes))
+
+
+def add_to_moments(moments: Moments, norms: jax.Array) -> Moments:
+    """Welford's recurrence with the biased variance."""
+    count = increment(moments.count)
+    weight = 1 / count.astype(norms.dtype)
+    delta = norms - moments.mean
+    mean = moments.mean + weight * delta
+    variance = moments.variance + weight * (delta * (norms - mean) - moments.variance)
+    return Moments(count, mean, jnp.maximum(variance, 0))
+
+
+def moving_average(average: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
+    """``(1 - weight) * average + weight * new``, exact when both are equal."""
+    return average + weight * (new - average)
+
+
+def corrected_weight(weight: jax.Array, count: jax.Array) -> jax.Array:
+    """Weight of the ``count``-th value in an average with Adam's correction of its start at zero.
+
+    ``weight / (1 - (1 - weight)**count)``, exactly 1 for the first value. The corrected average
+    itself can then be stored, and stays bitwise constant when the values do.
+    """
+    log_decay = jnp.log1p(-jnp.minimum(weight, 1 - 2**-24))
+    return jnp.where(count > 1, -weight / jnp.expm1(count * log_decay), 1)
+
+
+def follow_shift(
+    streak: Moments, norms: jax.Array, is_cut_by_half: jax.Array, rebaseline_after: int | None
+) -> tuple[Moments, jax.Array]:
+    """Watches for a lasting change of level.
+
+    Args:
+      streak: moments of the norms since cutting by more than a factor of 2 began.
+      norms: incoming norms.
+      is_cut_by_half: bool, whether this step was cut by more than a factor of 2.
+      rebaseline_after: length of a streak that counts as a lasting change; None for never.
+
+    Returns:
+      The streak with this step added (empty if the step was not cut by half), and a bool array
+      that says where the streak has become a new level. A caller restarts its statistics there.
+    """
+    if rebaseline_after is None:
+        return streak, jnp.zeros(norms.shape, np.bool_)
+    longer = add_to_moments(streak, norms)
+    kept = Moments(*(jnp.where(is_cut_by_half, part, jnp.zeros_like(part)) for part in longer))
+    return kept, kept.count >= rebaseline_after
+
+
+def add_to_window(
+    values: jax.Array, count: jax.Array, norms: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Lets norms into a ring buffer.
+
+    Args:
+      values: ``[window, *groups]``.
+      count: int32 ``[*groups]``, norms let in so far; the last ``window`` of them are kept.
+      norms: ``[*groups]``.
+
+    Returns:
+      The two arrays with this step. Once the window is full, the count goes on within
+      [window, 2 * window), so that it never overflows.
+    """
+    window = len(values)
+    values = jnp.where(_places(values) == count % window, norms, values)
+    count = count + 1
+    return values, jnp.where(count >= 2 * window, window, count)
+
+
+def percentile_of(values: jax.Array, count: jax.Array, percentile: Any) -> jax.Array:
+    """Percentile of the first ``count`` entries, with linear interpolation as in NumPy.
+
+    Args:
+      values: ``[size, *groups]``; what lies beyond ``count`` is ignored.
+      count: int32 ``[*groups]``, at least 1; more than ``size`` counts as ``size``.
+      percentile: scalar in [0, 100], a number or an array.
+    """
+    last = jnp.minimum(count, len(values)) - 1
+    ordered = jnp.sort(jnp.where(_places(values) <= last, values, jnp.inf), axis=0)
+    # The position percentile / 100 * last, whole numbers apart from the rest: a float32 product
+    # knows 899.1 to 6e-5 only, and lets in as much of a spike that stands at 900.
+    whole = jnp.asarray(percentile // 1).astype(jnp.int32) * last
+    rest = whole % 100 + jnp.asarray(percentile % 1).astype(values.dtype) * last
+    low = whole // 100 + (rest // 100).astype(jnp.int32)
+    fraction = (rest % 100) / 100
+
+    def at(index):
+        index = jnp.clip(index, 0, last)
+        return jnp.take_along_axis(ordered, index[jnp.newaxis], axis=0)[0]
+
+    lower, upper = at(low), at(low + 1)
+    return lower + fraction * (upper - lower)
+
+
+def _places(values: jax.Array) -> jax.Array:
+    """Index along axis 0, ready to broadcast against ``values``."""
+    return jnp.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
+
+
+class FirstNorms(NamedTuple):
+    """The first norms of each group and their median. Never stored in a state.
+
+    Attributes:
+      count: int32 ``[*groups]``, norms in ``values``.
+      values: ``[number, *groups]``.
+      median: ``[*groups]``, of the norms so far; constant once all have come.
+    """
+
+    count: jax.Array
+    values: jax.Array
+    median: jax.Array
+
+
+def no_first_norms(norms: jax.ShapeDtypeStruct, number: int) -> FirstNorms:
+    """Room for ``number`` norms of each group."""
+    return FirstNorms(
+        jnp.zeros(norms.shape, jnp.int32),
+        jnp.zeros((number, *norms.shape), norms.dtype),
+        jnp.zeros(norms.shape, norms.dtype),
+    )
+
+
+def add_to_first(first: FirstNorms, norms: jax.Array) -> FirstNorms:
+    """Lets norms in where there is room; nothing is sorted once no group has any."""
+    number = len(first.values)
+
+    def extend(first, norms):
+        values = jnp.where(_places(first.values) == first.count, norms, first.values)
+        count = jnp.minimum(first.count + 1, number)
+        median = percentile_of(values, count, 50)
+        return FirstNorms(count, values, median)
+
+    return lax.cond(jnp.any(first.count < number), extend, lambda first, _: first, first, norms)

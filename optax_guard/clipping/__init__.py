@@ -1,1 +1,0 @@
-"""Clipping transformations, one rule a file."""

@@ -1,1 +1,0 @@
-"""Keeping parameters inside a set, or pulling them towards one; one constraint a file."""

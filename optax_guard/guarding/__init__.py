@@ -1,1 +1,0 @@
-"""The guard and the conditions under which it skips."""

@@ -1,1 +1,0 @@
-"""Normalising transformations, one rule a file."""

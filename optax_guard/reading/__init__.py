@@ -1,0 +1,1 @@
+"""What states say, in numbers and in words."""

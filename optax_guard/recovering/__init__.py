@@ -1,1 +1,0 @@
-"""Coming back after steps have gone wrong."""

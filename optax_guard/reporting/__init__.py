@@ -1,1 +1,0 @@
-"""Reading optimizer states: numbers, words, pictures."""

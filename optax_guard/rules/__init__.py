@@ -1,0 +1,1 @@
+"""Transformations of updates, one a file."""

@@ -1,0 +1,139 @@
+"""Clipping the relative change of parameters, last in the chain."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._core.arrays import increment, safe_ratio, tree_where
+from optax_guard._core.checks import check_number
+from optax_guard._core.groups import make_groups, stack
+from optax_guard._core.measure import measure
+from optax_guard._core.rescale import Scaling, rescale
+from optax_guard._core.trees import float_leaves
+
+# What |u| / bound = 1 is measured as, so that it fits float32 for |u| = 3e38.
+_ONE = 2.0**-40
+
+
+class ClipByRelativeChangeState(NamedTuple):
+    """State of :func:`clip_by_relative_change`: three scalars.
+
+    Attributes:
+      relative_change_steps: int32, finite steps seen.
+      relative_change_clipped_total: int32, steps in which at least one leaf was scaled down.
+      relative_change_last_scale: float32, smallest factor applied in the last finite step.
+    """
+
+    relative_change_steps: jax.Array
+    relative_change_clipped_total: jax.Array
+    relative_change_last_scale: jax.Array
+
+
+def clip_by_relative_change(
+    max_relative: Any = 0.1, *, max_absolute: Any = 1e-2
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates down so that no parameter changes by more than a fraction of itself (Clippy).
+
+    For each array, with ``u`` the updates that would be added to parameters ``p``::
+
+        scale  =  min(1, min_i (max_relative * |p_i| + max_absolute) / |u_i|)
+        u      <- u * scale
+
+    One scalar an array, so that the direction is kept; an update of zero imposes nothing.
+    Place it last, behind the learning rate::
+
+        optax.chain(optax.adagrad(0.1), og.clip_by_relative_change())
+
+    The first step is like every other. An array that holds NaN or Inf passes unchanged, so that a
+    guard can see it, and the state stays as it was; a parameter that is NaN imposes nothing.
+
+    There is no ``axis_name``: inside ``shard_map`` each device would scale its own part by a
+    factor of its own. Under plain ``jit`` sharded arrays are treated as one.
+
+    Args:
+      max_relative: scalar in [0, inf), largest change relative to a parameter.
+      max_absolute: scalar in [0, inf), added to that, so that a parameter of zero can move. With
+        0, one that is exactly zero stops its whole array.
+
+    Returns:
+      A transformation of updates of any float or complex dtype, each returned in its own. Its
+      ``update`` needs ``params``. Factors are float32 (float64 for float64 leaves). Cost: two reads
+      of the updates and one of the parameters; 12 bytes of state.
+
+    Raises:
+      ValueError: if an argument is negative, not finite or no scalar; from ``update``, if it is
+        called without ``params``.
+      TypeError: if an argument is no number.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> params = jnp.array([10.0, 1.0])
+      >>> tx = og.clip_by_relative_change(0.1, max_absolute=0.0)
+      >>> updates, _ = tx.update(jnp.array([-2.0, -0.5]), tx.init(params), params)
+      >>> updates  # 0.1 is the most by which the second may change: a fifth of its update
+      Array([-0.4, -0.1], dtype=float32)
+
+    References:
+      Tang et al., `Improving training stability for multitask ranking models in recommender
+      systems <https://arxiv.org/abs/2302.09178>`_, 2023, algorithm 2.
+    """
+    check_number("max_relative", max_relative, open_maximum=True)
+    check_number("max_absolute", max_absolute, open_maximum=True)
+
+    def init(params):
+        del params
+        return ClipByRelativeChangeState(
+            relative_change_steps=jnp.zeros((), jnp.int32),
+            relative_change_clipped_total=jnp.zeros((), jnp.int32),
+            relative_change_last_scale=jnp.ones((), jnp.float32),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "clip_by_relative_change compares updates with parameters, but update() was "
+                "called without params. Call update(updates, state, params)."
+            )
+        split = float_leaves(updates)
+        groups = make_groups("leaf", split.paths, split.arrays)
+        is_finite = measure(split.arrays, groups, small_norms_matter=False).leaf_finite
+        excess = stack(
+            [
+                _excess(leaf, param, max_relative, max_absolute, groups.dtype)
+                for leaf, param in zip(split.arrays, split.matching(params), strict=True)
+            ],
+            groups.dtype,
+        )
+        is_over = is_finite & (excess > _ONE)
+        one = jnp.full_like(excess, _ONE)
+        scaling = Scaling((excess,), (excess * 2.0**-100,), (one,), (is_over,))
+        arrays = rescale(split.arrays, scaling, groups)
+
+        factors = lax.stop_gradient(_ONE / jnp.where(is_over, excess, _ONE))
+        total = state.relative_change_clipped_total
+        new_state = ClipByRelativeChangeState(
+            relative_change_steps=increment(state.relative_change_steps),
+            relative_change_clipped_total=jnp.where(jnp.any(is_over), increment(total), total),
+            relative_change_last_scale=jnp.min(factors, initial=1).astype(jnp.float32),
+        )
+        return split.replace(arrays), tree_where(jnp.all(is_finite), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _excess(
+    update: jax.Array, param: jax.Array, max_relative: Any, max_absolute: Any, dtype: Any
+) -> jax.Array:
+    """The largest ``|u| / bound`` of a leaf, in units of ``_ONE``; infinite if a bound is zero."""
+    size = jnp.abs(update).astype(dtype) * _ONE
+    bound = jnp.abs(param).astype(dtype) * jnp.asarray(max_relative, dtype)
+    bound = bound + jnp.asarray(max_absolute, dtype)
+    bound = jnp.where(jnp.isnan(bound), jnp.inf, bound)
+    ratio = jnp.where((bound == 0) & (update != 0), jnp.inf, safe_ratio(size, bound))
+    return jnp.max(ratio, initial=0)

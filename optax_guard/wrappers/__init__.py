@@ -1,0 +1,1 @@
+"""Transformations that wrap an optimizer, one a file."""

@@ -1,0 +1,66 @@
+"""The one-liner: a clip and a guard around an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from optax_guard._core.checks import check_transformation
+from optax_guard._core.inner import tolerant_update
+from optax_guard.wrappers.clip_by_update_ratio import clip_by_update_ratio
+from optax_guard.wrappers.guard import guard
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    clip: optax.GradientTransformation | None = None,
+    **guard_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips gradients and guards the optimizer: ``guard(chain(clip, optimizer))``.
+
+    Without ``clip`` it is ``guard(clip_by_update_ratio(optimizer))``, a rule with nothing to tune
+    that does not depend on the units of the loss. In the runs of ``examples/`` and
+    ``benchmarks/`` it survives every fault from the very first step on, leaves healthy training
+    as it is (784-128-64-10 on 5000 MNIST images, plain SGD at learning rate 0.1, 4 epochs:
+    within 0.1 points of no clip, where ``clip_by_norm(1.0)`` loses 1.2), and helps badly
+    initialised networks as well as the best fixed norm does. A recurrent network that explodes
+    (temporal order) is solved for 14 or 15 of 16 seeds; with ``clip_by_norm(1.0)`` for 15 or 16.
+
+    Args:
+      optimizer: the optimizer to protect.
+      clip: what to put before it; None for :func:`clip_by_update_ratio` around it, and
+        ``optax.identity()`` for none.
+      **guard_options: passed to :func:`guard`; ``axis_name`` is given to the default clip, too.
+
+    Returns:
+      A transformation; see :func:`guard` for its state and cost. Clip and guard share one
+      read of the gradients. The default clip evaluates ``optimizer`` twice more in the steps 0, 1,
+      2, 4, 8, ... and in every hundredth, and takes longer to compile;
+      ``clip=clip_by_norm(1.0)`` does not.
+
+    Raises:
+      TypeError: if ``optimizer`` or ``clip`` is no transformation; see also :func:`guard`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> params = jnp.eye(2)
+      >>> tx = og.stabilize(optax.sgd(1.0), clip=og.clip_by_norm(1.0))
+      >>> updates, _ = tx.update(30 * params, tx.init(params), params)
+      >>> updates.round(3)
+      Array([[-0.707, -0.   ],
+             [-0.   , -0.707]], dtype=float32)
+      >>> tx = og.stabilize(optax.sgd(1.0))
+      >>> updates, _ = tx.update(0.01 * params, tx.init(params), params)
+      >>> updates.round(3)
+      Array([[-0.01, -0.  ],
+             [-0.  , -0.01]], dtype=float32)
+    """
+    check_transformation("optimizer", optimizer)
+    if clip is None:
+        axis_name = guard_options.get("axis_name")
+        return guard(clip_by_update_ratio(optimizer, axis_name=axis_name), **guard_options)
+    check_transformation("clip", clip)
+    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, tolerant_update(optimizer))
+    return guard(optax.chain(clip, tolerant), **guard_options)
