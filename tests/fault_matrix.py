@@ -165,7 +165,7 @@ class Run:
 
 def _without_counters(state: Any) -> Any:
     """A state without what its protection counts for itself."""
-    counting = (og.GuardState, optax.ApplyIfFiniteState, optax.MultiStepsState)
+    counting = (og.states.GuardState, optax.ApplyIfFiniteState, optax.MultiStepsState)
 
     def strip(node):
         if isinstance(node, optax.MultiStepsState):

@@ -267,7 +267,7 @@ MISSING = "last_fault_norms"
 
 
 class GuardState(NamedTuple):
-    """As :class:`og.GuardState` before it had ``last_fault_norms``."""
+    """As :class:`og.states.GuardState` before it had ``last_fault_norms``."""
 
     inner_state: object
     guard_step: jax.Array
@@ -293,7 +293,7 @@ def save_old(path, num_devices):
 
 
 def test_the_old_state_lacks_one_field():
-    assert {*og.GuardState._fields} - {*GuardState._fields} == {MISSING}
+    assert {*og.states.GuardState._fields} - {*GuardState._fields} == {MISSING}
 
 
 def test_a_checkpoint_that_lacks_a_field_is_refused_with_its_name(tmp_path):

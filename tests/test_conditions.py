@@ -37,7 +37,7 @@ def _feeder(of: str, options: tuple[tuple[str, Any], ...]) -> Any:
     return tx, jax.jit(lambda xs: lax.scan(step, tx.init(jnp.zeros(2)), xs))
 
 
-def feed(xs: Any, of: str = "grad_norm", **options: Any) -> tuple[np.ndarray, og.GuardState]:
+def feed(xs: Any, of: str = "grad_norm", **options: Any) -> tuple[np.ndarray, og.states.GuardState]:
     """Skip reason of every step of a run with these norms (or losses), and the last state."""
     options = {"sigma": 6.0, "window": 16} | options
     _, run = _feeder(of, tuple(options.items()))
@@ -54,9 +54,9 @@ def skipped(reasons: np.ndarray) -> list[int]:
     return np.flatnonzero(reasons).tolist()
 
 
-def spike_state(state: og.GuardState) -> og.SpikeState:
+def spike_state(state: og.states.GuardState) -> og.states.SpikeState:
     (inner,) = state.condition_states
-    assert isinstance(inner, og.SpikeState)
+    assert isinstance(inner, og.states.SpikeState)
     return inner
 
 
@@ -111,7 +111,7 @@ def test_accepted_level_starts_the_window_anew(of):
     reasons, _ = feed(np.concatenate([steady(40), new]), of, rebaseline_after=3)
     assert skipped(reasons) == [40, 41, 42, 100]
     _, state = feed(np.concatenate([steady(40), new[:4]]), of, rebaseline_after=3)
-    assert spike_state(state).spike_count == 1
+    assert spike_state(state).count == 1
 
 
 @of_both
@@ -179,10 +179,10 @@ def test_limit_is_mean_plus_sigma_standard_deviations():
 def test_rejected_value_enters_as_the_limit_that_it_broke():
     _, state = feed([1.0, 3.0, 1.0, 3.0, 100.0], sigma=3.0, window=4)
     inner = spike_state(state)
-    assert inner.spike_window.dtype == jnp.float32
+    assert inner.window.dtype == jnp.float32
     # In place of the oldest one; float32 rounding of a mean and a root of four numbers.
-    np.testing.assert_allclose(inner.spike_window, [5.0, 3.0, 1.0, 3.0], rtol=1e-6)
-    assert inner.spike_rejected_in_a_row == 1
+    np.testing.assert_allclose(inner.window, [5.0, 3.0, 1.0, 3.0], rtol=1e-6)
+    assert inner.rejected_in_a_row == 1
 
 
 def test_floor_of_the_standard_deviation_is_relative_to_the_mean():
@@ -221,7 +221,7 @@ def test_loss_condition_without_a_loss_is_inert():
         updates, state = step(jnp.array([norm]), state)
         assert updates == -norm
     assert state.skipped_total == 0
-    assert spike_state(state).spike_count == 0
+    assert spike_state(state).count == 0
 
 
 def test_loss_in_low_precision_is_watched_in_float32():
@@ -230,15 +230,15 @@ def test_loss_in_low_precision_is_watched_in_float32():
     for value in (1.0, 1.0, 1.0, 1.0, 9.0):
         _, state = tx.update(jnp.ones(1), state, value=jnp.float16(value))
     assert state.skip_reason == CONDITION
-    assert spike_state(state).spike_window.dtype == jnp.float32
+    assert spike_state(state).window.dtype == jnp.float32
 
 
 def test_count_stays_within_twice_the_window_and_the_window_goes_round():
     _, state = feed(np.arange(1, 104) * 1e-3 + 1.0, window=4)
     inner = spike_state(state)
-    assert 4 <= inner.spike_count < 8
+    assert 4 <= inner.count < 8
     # The values of the last four of 103 steps, wherever the window has arrived.
-    np.testing.assert_allclose(np.sort(inner.spike_window), [1.1, 1.101, 1.102, 1.103], rtol=1e-6)
+    np.testing.assert_allclose(np.sort(inner.window), [1.1, 1.101, 1.102, 1.103], rtol=1e-6)
 
 
 # A reference
@@ -298,7 +298,7 @@ def test_only_spikes_and_nonfinites_are_skipped(seed, spikes, nans):
     reasons, state = feed(xs)
     late = [place for place in spikes if np.sum(~is_nan[:place]) >= 8]
     assert skipped(reasons) == sorted([*np.flatnonzero(is_nan), *late])
-    assert np.all(np.isfinite(spike_state(state).spike_window))
+    assert np.all(np.isfinite(spike_state(state).window))
 
 
 # norm_above, and several conditions

@@ -125,7 +125,7 @@ def rows(keep: Any = lambda row: True, *, is_slow: Any = is_variant, variants: b
 
 
 # What a wrapper holds for others: its optimizer's state, and copies of that and of parameters.
-NOT_OWN = ("inner_state", "update_ratio_inner", "snapshot_params", "snapshot_state")
+NOT_OWN = ("inner_state", "inner_state", "snapshot_params", "snapshot_state")
 
 
 def own_leaves(state: Any) -> list[Any]:

@@ -122,7 +122,7 @@ def test_history_digits_records_every_fault_where_it_happened(tmp_path, capsys):
         "hidden2/kernel"
     ]
     spiked = [history_digits.has_random_labels(step) for step in steps]
-    assert history.series("guard/update_ratio_last_scale")[spiked].max() < 0.01
+    assert history.series("guard/clip_by_update_ratio/last_scale")[spiked].max() < 0.01
     printed = capsys.readouterr().out
     assert results.explanation in printed and "16 of 340 steps" in printed
 

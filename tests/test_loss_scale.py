@@ -83,7 +83,7 @@ def test_scale_and_counts_follow_a_plain_loop(options):
     scales, goods, totals, in_a_rows = np.array(expected).T
     # Powers of two are exact; 400 products of 1.5 in float32 are not.
     np.testing.assert_allclose(states.loss_scale, scales, rtol=0 if factor == 2 else 3e-5)
-    np.testing.assert_array_equal(states.loss_scale_good_steps, goods)
+    np.testing.assert_array_equal(states.good_steps, goods)
     np.testing.assert_array_equal(states.overflows_total, totals)
     np.testing.assert_array_equal(states.overflows_in_a_row, in_a_rows)
     np.testing.assert_array_equal(states.last_step_overflowed, ~is_finite)
@@ -175,13 +175,13 @@ def test_run_with_overflows_ends_bitwise_where_the_run_without_ends(name):
     inside, expected_inside = (inner_states(each) for each in (state, expected_state))
     assertions.assert_same_bits(inside, expected_inside)
     metrics = og.metrics(state)
-    assert int(metrics["guard/overflows_total"]) == 7
+    assert int(metrics["guard/dynamic_loss_scale/overflows_total"]) == 7
     assert int(metrics.get("guard/skipped_total", 0)) == 0
 
 
 def inner_states(tree: Any) -> list[Any]:
     """What is inside of every loss scale."""
-    is_scale = lambda node: isinstance(node, og.DynamicLossScaleState)  # noqa: E731
+    is_scale = lambda node: isinstance(node, og.states.DynamicLossScaleState)  # noqa: E731
     nodes = jax.tree.leaves(tree, is_leaf=is_scale)
     return [node.inner_state for node in nodes if is_scale(node)]
 
@@ -192,10 +192,10 @@ def test_metrics_and_step_ok_show_an_overflow():
     _, state = jax.jit(tx.update)(overflowed(healthy(0)), tx.init(PARAMS), PARAMS)
     assert not bool(jax.jit(og.step_ok)(state))
     assert jax.tree.map(float, jax.jit(og.metrics)(state)) == {
-        "guard/loss_scale": 2.0**14,
-        "guard/loss_scale_good_steps": 0,
-        "guard/overflows_total": 1,
-        "guard/overflows_in_a_row": 1,
+        "guard/dynamic_loss_scale/loss_scale": 2.0**14,
+        "guard/good_steps": 0,
+        "guard/dynamic_loss_scale/overflows_total": 1,
+        "guard/dynamic_loss_scale/overflows_in_a_row": 1,
         "guard/last_step_overflowed": 1,
     }
     _, state = jax.jit(tx.update)(healthy(0), state, PARAMS)
@@ -219,7 +219,7 @@ def test_step_ok_asks_guards_and_scales():
         assert bool(og.step_ok(state)) is ok
         metrics = og.metrics(state)
         assert int(metrics["guard/skipped_total"]) == skipped
-        assert int(metrics["guard/overflows_total"]) == overflows
+        assert int(metrics["guard/dynamic_loss_scale/overflows_total"]) == overflows
     # A skip of the guard is no overflow, and lets the scale be.
     assert float(state.loss_scale) == 1.0
 
@@ -504,7 +504,7 @@ def test_chain_of_scale_guard_clip_constraint_and_penalty_trains_under_scan():
     # Steps of 0.1 with spacings of 1e-3 of float16, and the penalty of 5e-4.
     np.testing.assert_allclose(params, [1.0, -1.5, 0.0], atol=6e-3)
     assert not np.any(oks[20:23])
-    assert int(og.metrics(state)["guard/param_clip_total"]) > 50
+    assert int(og.metrics(state)["guard/clip_params/clipped_total"]) > 50
 
 
 def test_nnx_optimizer_of_a_float16_model_learns():
@@ -529,7 +529,7 @@ def test_nnx_optimizer_of_a_float16_model_learns():
     assert bool(ok)
     assert model.kernel[...].dtype == jnp.float16
     np.testing.assert_allclose(model.kernel[...].ravel(), [1.0, -1.0, 0.5], atol=0.02)
-    assert float(metrics["guard/loss_scale"]) >= 2.0**10
+    assert float(metrics["guard/dynamic_loss_scale/loss_scale"]) >= 2.0**10
 
 
 # Real data

@@ -70,11 +70,11 @@ def test_what_was_seen_of_the_micro_batch_is_kept():
     tx = multi_steps(optax.sgd(1.0))
     _, state = walk(tx, [spoiled(0, np.inf)])
     seen = state.skip_state
-    assert isinstance(seen, og.SkipMicrobatchState)
+    assert isinstance(seen, og.states.SkipMicrobatchState)
     norms = [np.linalg.norm(np.float64(micro(0)["b"])), np.inf]
     assertions.assert_close(
         seen,
-        og.SkipMicrobatchState(
+        og.states.SkipMicrobatchState(
             np.bool_(True), np.float32(np.inf), np.float32(norms), np.array([False, True])
         ),
         rtol=1e-6,  # a float32 sum of two squares

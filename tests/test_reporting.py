@@ -52,7 +52,7 @@ GUARD_KEYS = {
     "last_fault_reason",
 }
 CLIP = og.clip_by_norm(1.0)
-CLIP_KEYS = {"norm_clip_steps", "norm_clip_total", "norm_clip_last_scale"}
+CLIP_KEYS = {"steps", "clipped_total", "last_scale"}
 
 
 def test_metrics_are_the_scalars_of_all_states():
@@ -64,7 +64,7 @@ def test_metrics_are_the_scalars_of_all_states():
         "skipped_total": 1,
         "skip_reason": 1,
         "last_step_skipped": True,
-        "norm_clip_steps": 1,
+        "steps": 1,
         "last_fault_step": 2,
     }
     for key, value in expected.items():
@@ -92,8 +92,8 @@ def test_metrics_of_nested_states_of_a_kind_have_keys_of_their_own():
     expected |= {f"guard/2/{key}" for key in GUARD_KEYS | CLIP_KEYS}
     assert set(metrics) == expected
     # ||g|| = 0.5 * 3; the outer guard comes first, and so does the first clip.
-    np.testing.assert_allclose(metrics["guard/norm_clip_last_scale"], 1 / 1.5, rtol=1e-6)
-    assert metrics["guard/2/norm_clip_last_scale"] != metrics["guard/norm_clip_last_scale"]
+    np.testing.assert_allclose(metrics["guard/clip_by_norm/last_scale"], 1 / 1.5, rtol=1e-6)
+    assert metrics["guard/2/norm_clip_last_scale"] != metrics["guard/clip_by_norm/last_scale"]
 
 
 def test_metrics_take_a_prefix():

@@ -7,7 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+
+def promote(*dtypes: Any) -> Any:
+    """The dtype that holds all of them, also where JAX is told to be strict about promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def increment(count: jax.Array) -> jax.Array:
@@ -62,7 +68,7 @@ def times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
         # A complex product would turn Inf into NaN and -0.0 into 0.0.
         return lax.complex(times(leaf.real, factor), times(leaf.imag, factor))
-    wide = jnp.promote_types(leaf.dtype, factor.dtype)
+    wide = promote(leaf.dtype, factor.dtype)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
 
 
@@ -70,6 +76,14 @@ def is_partitioned(leaf: Any) -> bool:
     """Whether an array is known to lie on a mesh whose axes XLA splits, not ``shard_map``."""
     mesh = jax.typeof(leaf).sharding.mesh
     return not mesh.empty and set(mesh.axis_types) != {AxisType.Manual}
+
+
+def replicated(leaf: jax.Array) -> jax.Array:
+    """The same on every device of a mesh of explicit axes, where JAX wants to be told."""
+    sharding = jax.typeof(leaf).sharding
+    if all(axis is None for axis in sharding.spec):
+        return leaf
+    return reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def update_towards(target: jax.Array, start: jax.Array, dtype: Any) -> jax.Array:
@@ -82,6 +96,6 @@ def update_towards(target: jax.Array, start: jax.Array, dtype: Any) -> jax.Array
         part = jnp.finfo(dtype).dtype
         real = update_towards(jnp.real(target), jnp.real(start), part)
         return lax.complex(real, update_towards(jnp.imag(target), jnp.imag(start), part))
-    wide = jnp.promote_types(jnp.result_type(target, start), jnp.float32)
+    wide = promote(target.dtype, start.dtype, jnp.float32)
     most = jnp.finfo(dtype).max.astype(wide)
     return jnp.clip(target.astype(wide) - start.astype(wide), -most, most).astype(dtype)

@@ -104,13 +104,23 @@ def check_scope(scope: Any) -> None:
             raise ValueError(f"scope must be {allowed}, got {scope!r}.")
 
 
+def check_callable(name: str, value: Any, signature: str, *, optional: bool = False) -> None:
+    """Raises unless ``value`` can be called."""
+    if callable(value) or (optional and value is None):
+        return
+    none = " or None" if optional else ""
+    raise TypeError(f"{name} must be a callable {signature}{none}, got {value!r}.")
+
+
 def check_axis_name(axis_name: Any) -> None:
-    """Raises unless ``axis_name`` is None, a name, or a tuple of names."""
+    """Raises unless ``axis_name`` is None, a name, a tuple of names, or a callable."""
+    if callable(axis_name):
+        return
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not (names and all(isinstance(n, str) for n in names)):
         raise TypeError(
-            "axis_name must be None, a mesh axis name or a tuple of mesh axis names, "
-            f"got {axis_name!r}."
+            "axis_name must be None, a mesh axis name, a tuple of mesh axis names or a callable "
+            f"(path, leaf) -> names, got {axis_name!r}."
         )
 
 

@@ -19,8 +19,16 @@ def is_own_state(node: Any) -> bool:
 
 
 def is_wrapper_state(node: Any) -> bool:
-    """True for the state of a wrapper of this library, such as ``guard``."""
-    return is_own_state(node) and "inner_state" in node._fields
+    """True for the state of a wrapper of this library, such as ``guard``.
+
+    A clip that knows the optimizer behind it is none: its history belongs to the run.
+    """
+    return is_own_state(node) and "inner_state" in node._fields and not is_clip_state(node)
+
+
+def is_clip_state(node: Any) -> bool:
+    """True for the state of a rule that cuts or sets norms."""
+    return is_own_state(node) and hasattr(type(node), "recent_clip_rate")
 
 
 def own_states(tree: Any) -> list[Any]:
@@ -40,6 +48,8 @@ def states_of_type(tree: Any, state_type: type[State]) -> list[State]:
 
 def factory_name(state_type: type) -> str:
     """``"dynamic_loss_scale"`` for ``DynamicLossScaleState``."""
+    if hasattr(state_type, "factory"):
+        return state_type.factory
     return re.sub(r"(?<!^)(?=[A-Z])", "_", state_type.__name__.removesuffix("State")).lower()
 
 

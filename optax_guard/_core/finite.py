@@ -14,13 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.arrays import promote
 from optax_guard._core.batches import can_be_stacked, load, make_batches
-from optax_guard._core.trees import is_inexact
-
-
-def inexact_leaves(tree: Any) -> list[Any]:
-    """The float and complex leaves of a tree."""
-    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+from optax_guard._core.trees import inexact_leaves
 
 
 def stack_flags(flags: Sequence[jax.Array]) -> jax.Array:
@@ -34,18 +30,19 @@ def is_nonfinite(leaf: jax.Array) -> jax.Array:
 
 
 def any_nonfinite(
-    like: Sequence[Any], is_exempt: jax.Array, state: Any, params: Any = None
+    shapes: Sequence[tuple[int, ...]], is_exempt: jax.Array, state: Any, params: Any = None
 ) -> jax.Array:
     """Whether any element of optimizer state or parameters is NaN or Inf.
 
     Large arrays that are shaped like a parameter are judged in groups: the n-th leaf of a shape in
-    ``like`` stands for the n-th parameter of that shape, the n-th leaf of the state of that shape,
+    ``shapes`` stands for the n-th parameter of that shape, the n-th leaf of the state of that shape,
     and every further n-th one, as second moments follow first. All others are judged one by one:
     a best loss that starts at +inf must not lend its exemption to a scalar parameter.
 
     Args:
-      like: arrays shaped like the parameters.
-      is_exempt: bool ``[float leaves of state]``; groups with such a leaf do not count.
+      shapes: of the parameters.
+      is_exempt: bool for each float leaf of state, then of parameters; groups with such a leaf do
+        not count.
       state: optimizer state.
       params: parameters, if they are to be looked at.
     """
@@ -54,7 +51,7 @@ def any_nonfinite(
     small = [index for index, leaf in enumerate(leaves) if can_be_stacked(leaf)]
     batches = make_batches([leaves[index] for index in small])
     stacks = [[small[place] for place in batch] for batch in batches]
-    groups = _groups_of_large(like, leaves, len(in_state))
+    groups = _groups_of_large(shapes, leaves, len(in_state))
 
     place_of_leaf = np.zeros(len(leaves), int)
     members = [*([index] for stack in stacks for index in stack), *groups]
@@ -63,13 +60,17 @@ def any_nonfinite(
     sums = [_finite_sums(load(stack, leaves)) for stack in stacks]
     sums += [_finite_sum([leaves[index] for index in group]) for group in groups]
     flags = ~jnp.isfinite(jnp.concatenate(sums)) if sums else jnp.zeros((0,), jnp.bool_)
-    exempt = jnp.zeros_like(flags).at[place_of_leaf[: len(in_state)]].max(is_exempt)
+    # Parameters may be missing now, or have been missing at ``init``.
+    num_exempt = len(leaves) if len(leaves) == is_exempt.shape[0] else len(in_state)
+    exempt = jnp.zeros_like(flags).at[place_of_leaf[:num_exempt]].max(is_exempt[:num_exempt])
     return jnp.any(flags & ~exempt)
 
 
-def _groups_of_large(like: Sequence[Any], leaves: Sequence[Any], num_state: int) -> list[list[int]]:
+def _groups_of_large(
+    shapes: Sequence[tuple[int, ...]], leaves: Sequence[Any], num_state: int
+) -> list[list[int]]:
     """Indices of the large leaves of a state of ``num_state`` leaves and of the parameters."""
-    counts = Counter(leaf.shape for leaf in like if leaf.ndim > 0)
+    counts = Counter(shape for shape in shapes if shape)
     groups: dict[Any, list[int]] = {}
     seen: Counter[Any] = Counter()
     for index, leaf in enumerate(leaves):
@@ -100,4 +101,4 @@ def _zero_or_nan(leaf: jax.Array) -> jax.Array:
     # its sum reads x once and compiles to a library call on CPU.
     if jnp.iscomplexobj(leaf):
         return _zero_or_nan(leaf.real) + _zero_or_nan(leaf.imag)
-    return (leaf - leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return (leaf - leaf).astype(promote(leaf.dtype, jnp.float32))

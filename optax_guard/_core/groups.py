@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.arrays import replicated
+
+Stacked = Callable[[str, Any], bool | int] | None
 Scope = str | Callable[[str, Any], int | tuple[int, ...] | None]
 
 
@@ -31,12 +34,58 @@ class Groups(NamedTuple):
       axes: for each leaf the axes that a norm reduces.
       shapes: shape of each leaf.
       dtype: of all norms: float64 when any leaf is float64 or complex128, else float32.
+      depths: for each leaf, along how many leading axes it stacks layers. The norm of each of
+        them is reported; together they are the *rows*, one for each leaf that stacks none.
     """
 
     kind: str
     axes: tuple[tuple[int, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
+    depths: tuple[int, ...]
+
+    @property
+    def rows(self) -> list[int]:
+        """Number of rows of each leaf."""
+        return [math.prod(s[:d]) for s, d in zip(self.shapes, self.depths, strict=True)]
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether any leaf has more rows than one."""
+        return any(self.depths)
+
+    def row_names(self, paths: Sequence[str]) -> list[str]:
+        """Of each row, such as ``"layers/kernel[3]"``."""
+        return [
+            path + suffix
+            for path, shape, depth in zip(paths, self.shapes, self.depths, strict=True)
+            for suffix in row_suffixes(shape[:depth])
+        ]
+
+    def term_axes(self, index: int) -> tuple[int, ...]:
+        """Axes that may be summed at once: those of a group within one layer."""
+        return tuple(axis for axis in self.axes[index] if axis >= self.depths[index])
+
+    def term_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of what is left of each leaf then."""
+        return [_kept(shape, self.term_axes(index)) for index, shape in enumerate(self.shapes)]
+
+    def group_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each leaf with all axes of its groups reduced."""
+        return list(map(_kept, self.shapes, self.axes))
+
+    def of_rows(self) -> Groups:
+        """The groups whose norms are the rows, one block a leaf."""
+        pairs = zip(self.shapes, self.depths, strict=True)
+        axes = tuple(tuple(range(depth, len(shape))) for shape, depth in pairs)
+        return Groups("each", axes, self.shapes, self.dtype, (0,) * len(axes))
+
+    def split_rows(self, rows: jax.Array) -> tuple[jax.Array, ...]:
+        """From one vector of rows to the blocks of ``of_rows``, whose method it is."""
+        shapes = [block.shape for block in self.blocks]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = jnp.split(rows, ends) if shapes else []
+        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @property
     def blocks(self) -> list[jax.ShapeDtypeStruct]:
@@ -46,37 +95,55 @@ class Groups(NamedTuple):
         elif self.kind == "leaf":
             shapes = [(len(self.axes),)]
         else:
-            shapes = list(map(_kept, self.shapes, self.axes))
+            shapes = self.group_shapes()
         return [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
 
-    @property
-    def sizes(self) -> list[np.ndarray]:
-        """Number of elements of each group, one array (or scalar) a block."""
+    def sizes(self, is_used: Sequence[bool], num_shards: Sequence[Any]) -> list[Any]:
+        """Number of elements of each group that are used, one array (or scalar) a block."""
         sizes = [
-            math.prod(shape[axis] for axis in axes)
-            for shape, axes in zip(self.shapes, self.axes, strict=True)
+            math.prod(shape[axis] for axis in axes) * float(used) * shards
+            for shape, axes, used, shards in zip(
+                self.shapes, self.axes, is_used, num_shards, strict=True
+            )
         ]
+        arrays = [jnp.asarray(size, self.dtype) for size in sizes]
         if self.kind == "global":
-            return [np.asarray(float(sum(sizes)))]
+            return [sum(arrays, jnp.zeros((), self.dtype))]
+        return [stack(arrays, self.dtype)] if self.kind == "leaf" else arrays
+
+    def total(self, terms: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """From one vector of rows, or for "each" one array a leaf, to blocks of sums."""
+        if self.kind == "global":
+            return (jnp.sum(terms[0]),)
         if self.kind == "leaf":
-            return [np.asarray(sizes, float)]
-        return [np.asarray(float(size)) for size in sizes]
+            return (self.add_rows(terms[0]),)
+        return tuple(self._group_sum(index, term) for index, term in enumerate(terms))
 
-    def stack(self, per_leaf: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """One vector ``[leaves]`` of per-leaf scalars, or one array a leaf for "each"."""
-        if self.kind == "each":
-            return tuple(per_leaf)
-        return (stack(per_leaf, self.dtype),)
+    def _group_sum(self, index: int, term: jax.Array) -> jax.Array:
+        if len(self.axes[index]) == len(self.shapes[index]):
+            return jnp.sum(term) if term.ndim else term
+        over_layers = tuple(axis for axis in self.axes[index] if axis < self.depths[index])
+        return jnp.sum(term, axis=over_layers, keepdims=True) if over_layers else term
 
-    def total(self, stacked: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """From the form of ``stack`` to blocks: adds up the leaves for "global"."""
-        return (jnp.sum(stacked[0]),) if self.kind == "global" else stacked
-
-    def leaf_vector(self, stacked: tuple[jax.Array, ...]) -> jax.Array:
-        """From the form of ``stack`` to one vector ``[leaves]``."""
+    def row_sums(self, terms: Sequence[jax.Array]) -> jax.Array:
+        """From the same to one vector ``[rows]``."""
         if self.kind != "each":
-            return stacked[0]
-        return stack([jnp.sum(part) if part.ndim else part for part in stacked], self.dtype)
+            return terms[0]
+        parts = []
+        for term, depth in zip(terms, self.depths, strict=True):
+            rest = tuple(range(depth, term.ndim))
+            parts.append(replicated(jnp.sum(term, axis=rest) if rest else term).reshape(-1))
+        return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
+
+    def add_rows(self, rows: jax.Array) -> jax.Array:
+        """From ``[rows]`` to ``[leaves]``: adds up the layers of each stack."""
+        if not self.has_stacks:
+            return rows
+        ends = np.cumsum(self.rows)
+        parts = [
+            jnp.sum(rows[end - count : end]) for end, count in zip(ends, self.rows, strict=True)
+        ]
+        return stack(parts, rows.dtype)
 
     def spread(self, blocks: Sequence[jax.Array]) -> list[jax.Array]:
         """For each leaf the entries of the blocks that concern it, ready to broadcast."""
@@ -85,6 +152,11 @@ class Groups(NamedTuple):
         if self.kind == "leaf":
             return [blocks[0][index] for index in range(len(self.axes))]
         return list(blocks)
+
+
+def row_suffixes(layers: tuple[int, ...]) -> list[str]:
+    """``["[0]", "[1]", ...]`` for the layers of a stack; one empty string for no stack."""
+    return ["".join(f"[{index}]" for index in place) for place in np.ndindex(*layers)]
 
 
 def stack(values: Sequence[jax.Array], dtype: Any) -> jax.Array:
@@ -131,14 +203,22 @@ def _checked_axes(path: str, leaf: Any, axes: Any) -> tuple[int, ...]:
 
 
 def make_groups(
-    scope: Scope, paths: Sequence[str], leaves: Sequence[Any], *, is_sharded: bool = False
+    scope: Scope,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    *,
+    is_sharded: bool = False,
+    stacked: Stacked = None,
 ) -> Groups:
-    """Resolves ``scope`` for these leaves, which may be shards along the axes to reduce."""
+    """Resolves ``scope`` and ``stacked`` for these leaves, which may be shards."""
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     dtype = np.result_type(np.float32, *map(norm_dtype, leaves))
+    depths = (0,) * len(shapes)
+    if stacked is not None:
+        depths = tuple(_depth(stacked, *each) for each in zip(paths, leaves, strict=True))
     if isinstance(scope, str) and scope in ("global", "leaf"):
         axes = tuple(tuple(range(len(shape))) for shape in shapes)
-        return Groups(scope, axes, shapes, dtype)
+        return Groups(scope, axes, shapes, dtype, depths)
     choose = functools.partial(_unit_axes, is_sharded=is_sharded)
     if not isinstance(scope, str):
         choose = scope
@@ -146,4 +226,14 @@ def make_groups(
         _checked_axes(path, leaf, choose(path, leaf))
         for path, leaf in zip(paths, leaves, strict=True)
     )
-    return Groups("each", axes, shapes, dtype)
+    return Groups("each", axes, shapes, dtype, depths)
+
+
+def _depth(stacked: Any, path: str, leaf: Any) -> int:
+    depth = stacked(path, leaf)
+    if isinstance(depth, (bool, np.bool_, int, np.integer)) and 0 <= depth <= leaf.ndim:
+        return int(depth)
+    raise ValueError(
+        f"stacked returned {depth!r} for the array of shape {leaf.shape} at {path!r}; it must "
+        f"return True, False, or the number of leading axes that stack layers, 0 to {leaf.ndim}."
+    )

@@ -8,7 +8,11 @@ by ``where(ok, value, old)`` as soon as it appears. On an accepted step that is 
 skipped one everything computed from it is discarded anyway. XLA then fuses the select into the
 loop that writes the moment, in place.
 
-Derivatives are those of the plain form with sanitised inputs, see ``_run_jvp``.
+The jaxpr also tells which gradients reach an output at all. What a clip inside measures of the
+very gradients that the guard measures is cut out of it, and answered with the guard's own
+measurement; what nothing depends on then is dropped.
+
+Derivatives are those of the plain form with sanitised inputs, see ``run``.
 """
 
 from __future__ import annotations
@@ -23,37 +27,85 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
-from optax_guard._core.groups import make_groups
-from optax_guard._core.measure import AxisName, MeasureCall, Watch, find_call, measure_and_watch
-from optax_guard._core.trees import is_inexact, strong
+from optax_guard._core.axes import MeshAxes
+from optax_guard._core.groups import Stacked, make_groups
+from optax_guard._core.listening import Heard, listen_for
+from optax_guard._core.measure import (
+    MeasureCall,
+    Measurement,
+    Watch,
+    measure_and_watch,
+    merge_rows,
+)
+from optax_guard._core.trees import FloatLeaves, is_inexact, strong
 
 
-class Proposal(NamedTuple):
-    """What ``inner.update`` would do, traced but not yet evaluated.
+class Program(NamedTuple):
+    """A jaxpr without what its outputs do not depend on.
 
     Attributes:
-      jaxpr: of the call; its outputs are the leaves of the updates, then of the new state.
-      arguments: its inputs: consts, then leaves of gradients, state, params and extra arguments.
-      gradients: which of ``arguments`` are gradients.
-      sanitized: which of ``arguments`` may be non-finite on a skipped step.
-      old_state: leaves of the current state.
+      jaxpr: of some inputs of the call.
+      is_input: which of them.
+    """
+
+    jaxpr: core.Jaxpr
+    is_input: tuple[bool, ...]
+
+    def evaluate(
+        self,
+        values: Sequence[Any],
+        old_values: dict[core.Var, Any] | None = None,
+        select: Callable[[Any, Any], Any] | None = None,
+    ) -> list[Any]:
+        """Its outputs for all inputs of the call; see ``_evaluate``."""
+        inputs = [value for value, wanted in zip(values, self.is_input, strict=True) if wanted]
+        return _evaluate(self.jaxpr, inputs, old_values or {}, select)
+
+
+class Plan(NamedTuple):
+    """What ``inner.update`` would do, without any array: JAX keeps hold of it for derivatives.
+
+    Attributes:
+      program: gives the leaves of the updates, then of the new state, from the arguments and
+        then the results of the measurement inside.
+      question: gives what of that measurement's operands must be known, from the arguments.
+      heard: the measurement inside; None if there is none.
+      is_used: for each leaf of the gradients whether an output depends on it.
+      gradients: for each of these its place among the arguments; None if it is missing.
+      sanitized: which of the arguments may be non-finite on a skipped step.
+      old_state: leaves of the current state among the arguments.
       update_treedef: structure of the updates.
       state_treedef: structure of the state.
     """
 
-    jaxpr: core.Jaxpr
-    arguments: tuple[Any, ...]
-    gradients: range
+    program: Program
+    question: Program | None
+    heard: MeasureCall | None
+    is_used: tuple[bool, ...]
+    gradients: tuple[int | None, ...]
     sanitized: frozenset[int]
     old_state: range
     update_treedef: Any
     state_treedef: Any
 
 
+class Proposal(NamedTuple):
+    """A plan and what it is for.
+
+    Attributes:
+      plan: what would be done.
+      arguments: consts, then leaves of gradients, state, params and extra arguments.
+    """
+
+    plan: Plan
+    arguments: tuple[Any, ...]
+
+
 def propose(
     update: Callable[..., tuple[Any, Any]],
-    gradients: Any,
+    gradients: FloatLeaves,
     state: Any,
     params: Any,
     extra_args: dict[str, Any],
@@ -61,11 +113,19 @@ def propose(
     """Traces ``update(gradients, state, params, **extra_args)`` to a jaxpr."""
     static = {name: value for name, value in extra_args.items() if not _is_tree_of_arrays(value)}
     dynamic = {name: value for name, value in extra_args.items() if name not in static}
+    heard: list[Heard] = []
 
-    def call(gradients, state, params, dynamic):
-        return update(gradients, state, params, **dynamic, **static)
+    def call(nodes, state, params, dynamic):
+        tree = jax.tree.unflatten(gradients.treedef, nodes)
+        arrays = _same_arrays(gradients, nodes)
+        with listen_for(arrays) as listener:
+            updates, new_state = update(tree, state, params, **dynamic, **static)
+        found = listener.heard
+        heard.extend([] if found is None else [found._replace(small_norms_matter=None, result=())])
+        question = () if found is None else (found.small_norms_matter,)
+        return updates, new_state, question, () if found is None else found.result
 
-    inputs = (gradients, state, params, dynamic)
+    inputs = (list(gradients.nodes), state, params, dynamic)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*inputs)
     _check_state(state, shapes[1])
 
@@ -74,15 +134,64 @@ def propose(
     sections = [range(a, b) for a, b in itertools.pairwise(starts)]
     arguments = (*closed.consts, *map(_as_argument, jax.tree.leaves(inputs)))
     faulty = [*sections[1], *sections[4]]
-    return Proposal(
-        jaxpr=closed.jaxpr,
-        arguments=arguments,
-        gradients=sections[1],
+    places = _places(gradients, sections[1].start)
+    num_main = len(jax.tree.leaves(shapes[:2]))
+    programs = _split(closed.jaxpr, num_main, bool(heard))
+    is_used = tuple(place is not None and programs[0].is_input[place] for place in places)
+    plan = Plan(
+        program=programs[0],
+        question=programs[1],
+        heard=heard[0].call if heard else None,
+        is_used=is_used,
+        gradients=places,
         sanitized=frozenset(i for i in faulty if is_inexact(arguments[i])),
         old_state=sections[2],
         update_treedef=jax.tree.structure(shapes[0]),
         state_treedef=jax.tree.structure(state),
     )
+    return Proposal(plan, arguments)
+
+
+def _same_arrays(gradients: FloatLeaves, nodes: Sequence[Any]) -> list[Any]:
+    """The nodes that stand for ``gradients.arrays``, in their order."""
+    pairs = zip(nodes, gradients.slots, strict=True)
+    return [node for node, count in pairs for _ in range(count)]
+
+
+def _places(gradients: FloatLeaves, start: int) -> tuple[int | None, ...]:
+    """For each gradient its place among the arguments, which have no place for ``None``."""
+    places: list[int | None] = []
+    next_place = start
+    for node, count in zip(gradients.nodes, gradients.slots, strict=True):
+        places += [None if node is None else next_place] * count
+        next_place += node is not None
+    return tuple(places)
+
+
+def _split(
+    jaxpr: core.Jaxpr, num_main: int, has_measurement: bool
+) -> tuple[Program, Program | None]:
+    """The program without the measurement inside, and that which its operands take."""
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    main, question = jaxpr.outvars[:num_main], jaxpr.outvars[num_main : num_main + 1]
+    answers = jaxpr.outvars[num_main + 1 :] if has_measurement else []
+    produced = set(answers)
+    equations = [e for e in jaxpr.eqns if produced.isdisjoint(e.outvars)]
+    program = _program(jaxpr, [*inputs, *answers], main, equations)
+    if not has_measurement:
+        return program, None
+    return program, _program(jaxpr, inputs, question, jaxpr.eqns)
+
+
+def _program(
+    jaxpr: core.Jaxpr, inputs: list[Any], outputs: list[Any], equations: list[Any]
+) -> Program:
+    debug_info = jaxpr.debug_info._replace(
+        arg_names=("",) * len(inputs), result_paths=("",) * len(outputs)
+    )
+    whole = core.Jaxpr([], inputs, outputs, equations, jaxpr.effects, debug_info)
+    jaxpr, is_input = dce_jaxpr(whole, [True] * len(outputs))
+    return Program(jaxpr, tuple(is_input))
 
 
 def _as_argument(leaf: Any) -> Any:
@@ -115,169 +224,186 @@ def _check_state(old: Any, new: Any) -> None:
             )
 
 
-class GradientNorms(NamedTuple):
+class Reading(NamedTuple):
     """What is known of the gradients before the update.
 
     Attributes:
       norm: of all leaves together.
-      leaf_norms: float32 ``[leaves]``.
-      leaf_finite: bool ``[leaves]``.
-      alarm: with ``axis_name``, whether ``watch`` gave it on any device; else None.
-      known: what is known of the variables of the proposal's jaxpr.
+      leaf_norms: float32 ``[rows]``.
+      leaf_finite: bool ``[rows]``.
+      noted: what ``watch`` found, added up over all devices; None without mesh axes.
+      answers: results of the measurement inside, flat.
     """
 
     norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: jax.Array
-    alarm: jax.Array | None
-    known: dict[core.Var, Any]
+    noted: jax.Array | None
+    answers: tuple[Any, ...]
 
 
-def measure_gradients(
-    proposal: Proposal, axis_name: AxisName, watch: Watch | None = None, watched: Any = ()
-) -> GradientNorms:
-    """Norms and finiteness of the gradients, in one read that a clip inside shares.
+class Reader(NamedTuple):
+    """Measures the gradients among the arguments, in one read that a clip inside shares.
 
-    A clip of this library inside the optimizer measures the very gradients that the guard must
-    measure. What its equation is given is then evaluated here, ahead of the others, and one
-    measurement serves both. So it does for a guard inside, which watches by itself.
+    Attributes:
+      plan: for what.
+      call: the measurement.
+      is_shared: whether it answers for the one inside, too.
     """
-    gradients = [proposal.arguments[i] for i in proposal.gradients]
-    leaves = [jnp.asarray(leaf) for leaf in gradients if is_inexact(leaf)]
-    measure = functools.partial(
-        measure_and_watch, leaves, axis_name=axis_name, watch=watch, watched=watched
-    )
-    equation, call = _find_measurement(proposal, axis_name)
-    if equation is None or call is None:
-        measured, alarm = measure(make_groups("global", [], leaves))
-        return GradientNorms(*measured[-3:], alarm, {})
-    given = _inputs(proposal.jaxpr, proposal.arguments)
-    for each in _equations_for(proposal.jaxpr, equation):
-        given.update(_evaluate_equation(each, given))
-    if call.watch is not None:
-        known = _evaluate_equation(equation, given)
-        *_, norm, leaf_norms, leaf_finite, alarm = known.values()
-        return GradientNorms(norm, leaf_norms, leaf_finite, alarm, known)
-    small_norms_matter = _read(given, equation.invars[len(leaves)])
-    measured, alarm = measure(call.groups, small_norms_matter=small_norms_matter)
-    known = dict(zip(equation.outvars, jax.tree.leaves(measured), strict=True))
-    return GradientNorms(*measured[-3:], alarm, known)
+
+    plan: Plan
+    call: MeasureCall
+    is_shared: bool
+
+    def read(
+        self,
+        arguments: Sequence[Any],
+        small_rows_matter: jax.Array | bool = False,
+        watched: Any = (),
+    ) -> Reading:
+        """All norms, and what ``call.watch`` finds."""
+        plan = self.plan
+        leaves = [
+            None if place is None else jnp.asarray(arguments[place]) for place in plan.gradients
+        ]
+        small_norms_matter: Any = True
+        if self.is_shared:
+            (small_norms_matter,) = plan.question.evaluate(arguments)
+        measured, noted = measure_and_watch(
+            leaves,
+            self.call,
+            small_norms_matter=small_norms_matter,
+            small_rows_matter=small_rows_matter,
+            watched=watched,
+        )
+        return Reading(*measured[-3:], noted, self._answers(measured, leaves, arguments))
+
+    def _answers(
+        self, measured: Measurement, leaves: Sequence[Any], arguments: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        heard = self.plan.heard
+        if heard is None:
+            return ()
+        if self.is_shared:
+            if not heard.groups.has_stacks:
+                measured = merge_rows(measured, self.call.groups)
+            return tuple(jax.tree.leaves((measured, None)))
+        # Such as that of a guard inside, which watches for itself.
+        (small,) = self.plan.question.evaluate(arguments)
+        call = heard._replace(is_used=self.plan.is_used)
+        return tuple(jax.tree.leaves(measure_and_watch(leaves, call, small_norms_matter=small)))
 
 
-def _find_measurement(
-    proposal: Proposal, axis_name: AxisName
-) -> tuple[core.JaxprEqn | None, MeasureCall | None]:
-    variables = _input_variables(proposal.jaxpr)
-    gradients = [variables[i] for i in proposal.gradients if is_inexact(proposal.arguments[i])]
-    for equation in proposal.jaxpr.eqns:
-        call = find_call(equation.params.get("name"))
-        is_measurement = call is not None and call.axis_name == axis_name
-        if is_measurement and list(equation.invars[: len(gradients)]) == gradients:
-            return equation, call
-    return None, None
+def make_reader(
+    proposal: Proposal,
+    gradients: FloatLeaves,
+    axes: MeshAxes,
+    *,
+    stacked: Stacked = None,
+    watch: Watch | None = None,
+) -> Reader:
+    """The reader of the gradients of a proposal."""
+    plan, heard = proposal.plan, proposal.plan.heard
+    groups = make_groups("global", gradients.paths, gradients.arrays, stacked=stacked)
+    is_shared = heard is not None and heard.axes == axes and heard.watch is None
+    if heard is not None and is_shared:
+        is_shared = not heard.groups.has_stacks or heard.groups.depths == groups.depths
+        groups = heard.groups._replace(depths=groups.depths) if is_shared else groups
+    call = MeasureCall(groups, plan.is_used, axes, watch if axes.names else None)
+    return Reader(plan, call, is_shared)
 
 
-def _equations_for(jaxpr: core.Jaxpr, last: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """The equations that ``last`` depends on, in order."""
-    wanted = {atom for atom in last.invars if isinstance(atom, core.Var)}
-    needed = []
-    for equation in reversed(jaxpr.eqns):
-        if not wanted.isdisjoint(equation.outvars):
-            needed.append(equation)
-            wanted.update(atom for atom in equation.invars if isinstance(atom, core.Var))
-    return needed[::-1]
-
-
-def run(proposal: Proposal, ok: jax.Array, known: dict[core.Var, Any]) -> tuple[Any, Any]:
+def run(proposal: Proposal, ok: jax.Array, reader: Reader, reading: Reading) -> tuple[Any, Any]:
     """Updates and new state if ``ok``, else updates of -0.0 and the old state, bit for bit."""
-    variables, values = tuple(known), tuple(known.values())
+    plan = proposal.plan
+    unwatched = reader._replace(call=reader.call._replace(watch=None))
 
     @jax.custom_jvp
-    def select(ok, values, arguments):
-        return _select_where_produced(
-            proposal, ok, dict(zip(variables, values, strict=True)), arguments
-        )
+    def select(ok, answers, arguments):
+        return _select_where_produced(plan, ok, answers, arguments)
 
     @functools.partial(select.defjvp)
     def _select_jvp(primals, tangents):
         # Adam's sqrt at a second moment of zero, or a norm computed from NaN, would turn the
         # zero cotangent of a skipped step into NaN. Ones in place of the faulty gradients do not.
         ok, _, arguments = primals
-        plain = functools.partial(_select_at_the_end, proposal, ok)
+        plain = functools.partial(_select_at_the_end, unwatched, ok)
         return jax.jvp(plain, (arguments,), (tangents[2],))
 
-    leaves = select(ok, values, proposal.arguments)
-    num_updates = proposal.update_treedef.num_leaves
+    return _unflatten(plan, select(ok, reading.answers, proposal.arguments))
+
+
+def evaluate(proposal: Proposal, arguments: Sequence[Any], reading: Reading) -> tuple[Any, Any]:
+    """The proposed updates and the proposed state."""
+    leaves = proposal.plan.program.evaluate([*arguments, *reading.answers])
+    return _unflatten(proposal.plan, leaves)
+
+
+def _unflatten(plan: Plan, leaves: Sequence[Any]) -> tuple[Any, Any]:
+    num_updates = plan.update_treedef.num_leaves
     return (
-        jax.tree.unflatten(proposal.update_treedef, leaves[:num_updates]),
-        jax.tree.unflatten(proposal.state_treedef, leaves[num_updates:]),
+        jax.tree.unflatten(plan.update_treedef, leaves[:num_updates]),
+        jax.tree.unflatten(plan.state_treedef, leaves[num_updates:]),
     )
-
-
-def evaluate(proposal: Proposal) -> tuple[list[Any], list[Any]]:
-    """Leaves of the proposed updates and of the proposed state."""
-    leaves = _evaluate(proposal.jaxpr, proposal.arguments, {}, {}, lambda value, old: value)
-    num_updates = proposal.update_treedef.num_leaves
-    return leaves[:num_updates], leaves[num_updates:]
 
 
 def _select_where_produced(
-    proposal: Proposal, ok: jax.Array, known: dict[core.Var, Any], arguments: Sequence[Any]
+    plan: Plan, ok: jax.Array, answers: Sequence[Any], arguments: Sequence[Any]
 ) -> list[Any]:
-    outputs = proposal.jaxpr.outvars[proposal.update_treedef.num_leaves :]
-    inputs = set(_input_variables(proposal.jaxpr))
+    program = plan.program
+    outputs = program.jaxpr.outvars[plan.update_treedef.num_leaves :]
+    places = [place for place, wanted in enumerate(program.is_input) if wanted]
+    inputs = dict(zip(program.jaxpr.invars, places, strict=True))
     old_values = {}
-    for index, atom in zip(proposal.old_state, outputs, strict=True):
-        # What is known already is not produced below: a guard inside keeps the norm as its state.
-        is_produced = isinstance(atom, core.Var) and atom not in inputs and atom not in known
+    for index, atom in zip(plan.old_state, outputs, strict=True):
+        # An input is not produced below: a guard inside keeps the norm as its state.
+        is_produced = isinstance(atom, core.Var) and atom not in inputs
         if is_produced and getattr(atom.aval, "dtype", None) == arguments[index].dtype:
             old_values.setdefault(atom, arguments[index])
-    leaves = _evaluate(
-        proposal.jaxpr, arguments, known, old_values, lambda new, old: lax.select_n(ok, old, new)
+    leaves = program.evaluate(
+        [*arguments, *answers], old_values, lambda new, old: lax.select_n(ok, old, new)
     )
-    done = {
-        i for i, atom in enumerate(outputs) if _is_done(atom, i, proposal, old_values, arguments)
-    }
-    return _select_leaves(proposal, ok, leaves, arguments, done)
+
+    def is_done(position, atom):
+        """Whether it was selected where it was produced, or never changes."""
+        index = plan.old_state[position]
+        if isinstance(atom, core.Literal):
+            return False
+        if atom in old_values:
+            return old_values[atom] is arguments[index]
+        return inputs.get(atom) == index
+
+    done = {position for position, atom in enumerate(outputs) if is_done(position, atom)}
+    return _select_leaves(plan, ok, leaves, arguments, done)
 
 
-def _select_at_the_end(proposal: Proposal, ok: jax.Array, arguments: Sequence[Any]) -> list[Any]:
+def _select_at_the_end(reader: Reader, ok: jax.Array, arguments: Sequence[Any]) -> list[Any]:
     # Nothing flows back into a skipped step, and what might be NaN is not even evaluated there.
+    plan = reader.plan
     stand_ins = [
-        jnp.ones_like(value) if i in proposal.sanitized else lax.stop_gradient(value)
+        jnp.ones_like(value) if i in plan.sanitized else lax.stop_gradient(value)
         for i, value in enumerate(arguments)
     ]
     sane = [
         jnp.where(ok, value, stand_in) if is_inexact(value) else value
         for value, stand_in in zip(arguments, stand_ins, strict=True)
     ]
-    leaves = _evaluate(proposal.jaxpr, sane, {}, {}, lambda new, old: new)
-    return _select_leaves(proposal, ok, leaves, arguments, set())
-
-
-def _is_done(atom, position, proposal, old_values, arguments) -> bool:
-    """Whether an output of the state was selected where it was produced, or never changes."""
-    index = proposal.old_state[position]
-    if isinstance(atom, core.Literal):
-        return False
-    if atom in old_values:
-        return old_values[atom] is arguments[index]
-    return atom is _input_variables(proposal.jaxpr)[index]
+    answers = reader.read(sane).answers if plan.heard is not None else ()
+    leaves = plan.program.evaluate([*sane, *answers])
+    return _select_leaves(plan, ok, leaves, arguments, set())
 
 
 def _select_leaves(
-    proposal: Proposal,
+    plan: Plan,
     ok: jax.Array,
     leaves: Sequence[Any],
     arguments: Sequence[Any],
     done: set[int],
 ) -> list[Any]:
-    num_updates = proposal.update_treedef.num_leaves
+    num_updates = plan.update_treedef.num_leaves
     updates = [_nothing_unless(ok, leaf) for leaf in leaves[:num_updates]]
     state = []
-    for position, (leaf, index) in enumerate(
-        zip(leaves[num_updates:], proposal.old_state, strict=True)
-    ):
+    for position, (leaf, index) in enumerate(zip(leaves[num_updates:], plan.old_state, strict=True)):
         old = arguments[index]
         state.append(leaf if position in done else _keep_unless(ok, leaf, old))
     return updates + state
@@ -303,14 +429,6 @@ def _is_float0(leaf: Any) -> bool:
     return leaf.dtype == jax.dtypes.float0
 
 
-def _input_variables(jaxpr: core.Jaxpr) -> list[core.Var]:
-    return [*jaxpr.constvars, *jaxpr.invars]
-
-
-def _inputs(jaxpr: core.Jaxpr, arguments: Sequence[Any]) -> dict[core.Var, Any]:
-    return dict(zip(_input_variables(jaxpr), arguments, strict=True))
-
-
 def _read(known: dict[core.Var, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else known[atom]
 
@@ -329,18 +447,13 @@ def _evaluate_equation(equation: core.JaxprEqn, known: dict[core.Var, Any]) -> d
 
 def _evaluate(
     jaxpr: core.Jaxpr,
-    arguments: Sequence[Any],
-    known: dict[core.Var, Any],
+    inputs: Sequence[Any],
     old_values: dict[core.Var, Any],
-    select: Callable[[Any, Any], Any],
+    select: Callable[[Any, Any], Any] | None,
 ) -> list[Any]:
     """Evaluates a jaxpr, passing each value named in ``old_values`` through ``select``."""
-    # A guard inside keeps the norms that were measured ahead: they are new state, too.
-    known = {v: select(x, old_values[v]) if v in old_values else x for v, x in known.items()}
-    values = _inputs(jaxpr, arguments) | known
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
-        if all(var in known for var in equation.outvars) and equation.outvars:
-            continue
         for var, value in _evaluate_equation(equation, values).items():
             values[var] = select(value, old_values[var]) if var in old_values else value
     return [_as_output(atom, _read(values, atom)) for atom in jaxpr.outvars]

@@ -3,7 +3,7 @@
 ``measure`` sums squares in float32 (float64 for float64 leaves). Where such a sum leaves
 the range in which it is accurate, a cold branch reads the gradients again at two other
 scales, fixed powers of two, so that 1e-37 does not underflow and 3e38 does not overflow.
-With ``axis_name`` the branch stays local to each device and the sums of all three scales
+On mesh axes the branch stays local to each device and the sums of all three scales
 travel in one ``psum``, and with them what a guard wants to know: no collective depends on data.
 
 It has a derivative rule, because those of the parts overflow where the derivative of the whole is
@@ -13,7 +13,6 @@ finite (at zero, at 1e-30, and next to a NaN).
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +22,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_guard._core.arrays import replicated
+from optax_guard._core.axes import NO_AXES, MeshAxes
 from optax_guard._core.batches import load, make_batches
-from optax_guard._core.groups import Groups, make_groups
+from optax_guard._core.groups import Groups
+from optax_guard._core.listening import Heard, announce
 from optax_guard._core.rescale import RANGES, any_of, factors_to, scale_by, widen
 
-AxisName = str | tuple[str, ...] | None
+# From what is on one device, and whether the leaves are non-finite there, numbers to add up over
+# all devices: ``(leaves, watched, is_bad) -> [n]``.
 Watch = Callable[[tuple[jax.Array, ...], Any, jax.Array], jax.Array]
+
+# Squared norm of a row below which elements of a large array may have underflowed.
+_SMALL_ROW = {np.dtype("float32"): 2.0**-100, np.dtype("float64"): 2.0**-800}
 
 
 class Measurement(NamedTuple):
@@ -38,17 +44,35 @@ class Measurement(NamedTuple):
       norms: for each block the norms; a finite gradient never gives inf (saturated).
       scaled: for each block the norms times a small power of two, for norms past float32.
       finite: for each block, whether all elements of the group are finite.
+      sizes: for each block the number of elements of each group that were measured.
       norm: of all leaves together.
-      leaf_norms: float32 ``[leaves]``.
-      leaf_finite: bool ``[leaves]``.
+      leaf_norms: float32 ``[rows]``.
+      leaf_finite: bool ``[rows]``.
     """
 
     norms: tuple[jax.Array, ...]
     scaled: tuple[jax.Array, ...]
     finite: tuple[Any, ...]
+    sizes: tuple[jax.Array, ...]
     norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: Any
+
+
+class MeasureCall(NamedTuple):
+    """Static arguments of a measurement.
+
+    Attributes:
+      groups: which elements share a norm.
+      is_used: for each leaf whether it is looked at; the others count as zero.
+      axes: mesh axes over which the leaves are sharded.
+      watch: what else to sum over the devices.
+    """
+
+    groups: Groups
+    is_used: tuple[bool, ...]
+    axes: MeshAxes
+    watch: Watch | None
 
 
 def squared_sum(leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
@@ -89,10 +113,16 @@ def _rescaled_sum(
     return jnp.sum(scaled * scaled, axis=axes, keepdims=len(axes) < leaf.ndim)
 
 
-def _make_batches(leaves: Sequence[jax.Array], groups: Groups) -> list[list[int]]:
+def _make_batches(leaves: Sequence[jax.Array], call: MeasureCall) -> list[list[int]]:
+    """Indices of the used leaves that are reduced together."""
+    groups = call.groups
+    used = [index for index, is_used in enumerate(call.is_used) if is_used]
     if groups.kind == "each":
-        return [[index] for index in range(len(leaves))]
-    return make_batches(leaves)
+        return [[index] for index in used]
+    flat = [index for index in used if groups.depths[index] == 0]
+    batches = make_batches([leaves[index] for index in flat])
+    stacks = [[index] for index in used if groups.depths[index] > 0]
+    return [[flat[place] for place in batch] for batch in batches] + stacks
 
 
 def _load(
@@ -101,25 +131,39 @@ def _load(
     """The one leaf of a batch, or a stack of them, and the axes to reduce."""
     first, *others = batch
     if not others:
-        return leaves[first], groups.axes[first]
+        return leaves[first], groups.term_axes(first)
     return load(batch, leaves), tuple(axis + 1 for axis in groups.axes[first])
 
 
 def _unload(
-    parts: Sequence[jax.Array], batches: Sequence[Sequence[int]], groups: Groups
+    parts: Sequence[jax.Array], batches: Sequence[Sequence[int]], call: MeasureCall
 ) -> tuple[jax.Array, ...]:
-    """The form of ``Groups.stack`` from one array for each batch."""
-    if groups.kind == "each" or not parts:
-        return groups.stack(parts)
-    vector = lax.optimization_barrier(jnp.concatenate([part.reshape(-1) for part in parts]))
-    order = np.argsort(np.concatenate(batches))
-    if (order == np.arange(order.size)).all():
+    """One vector of rows, or one array a leaf for "each", from one array for each batch."""
+    groups = call.groups
+    if groups.kind == "each":
+        by_leaf = {batch[0]: part for batch, part in zip(batches, parts, strict=True)}
+        return tuple(
+            replicated(by_leaf[index]) if index in by_leaf else jnp.zeros(shape, groups.dtype)
+            for index, shape in enumerate(groups.term_shapes())
+        )
+    starts = np.cumsum([0, *groups.rows])
+    order = [row for batch in batches for i in batch for row in range(starts[i], starts[i + 1])]
+    count = int(starts[-1])
+    if not parts:
+        return (jnp.zeros((count,), groups.dtype),)
+    flat = [replicated(part).reshape(-1) for part in parts]
+    vector = lax.optimization_barrier(jnp.concatenate(flat))
+    if order == list(range(count)):
         return (vector,)
-    return (vector.at[order].get(mode="promise_in_bounds", unique_indices=True),)
+    if len(order) < count:  # a place of its own, of zero, for all that is not used
+        vector = jnp.append(vector, jnp.zeros((), vector.dtype))
+    places = np.full(count, len(order))
+    places[order] = np.arange(len(order))
+    return (vector.at[places].get(mode="promise_in_bounds"),)
 
 
 class _Sums(NamedTuple):
-    """Sums of squares at three scales, each in the form of ``Groups.stack``."""
+    """Sums of squares at three scales, each in the form of ``_unload``."""
 
     down: tuple[jax.Array, ...]
     plain: tuple[jax.Array, ...]
@@ -141,8 +185,9 @@ def _at_all_scales(
     return _Sums(at_scale(r.down), at_scale(1.0), at_scale(r.up))
 
 
-def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Groups) -> _Sums:
+def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], call: MeasureCall) -> _Sums:
     """Sums of squares of leaves whose own plain sums, a term a batch, may be out of range."""
+    groups = call.groups
     r = RANGES[groups.dtype]
     # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
     # only if no two leaves share the broadcast factor.
@@ -154,25 +199,15 @@ def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], groups: Gro
         )
         for term in terms
     ]
-    batches = _make_batches(leaves, groups)
+    batches = _make_batches(leaves, call)
     sums = [
         _rescaled_sum(*_load(batch, leaves, groups), groups.dtype, scale)
         for batch, scale in zip(batches, scales, strict=True)
     ]
-    sums, scales = (_unload(parts, batches, groups) for parts in (sums, scales))
+    sums, scales = (_unload(parts, batches, call) for parts in (sums, scales))
+    # What is not used has the sum 0, at any scale.
+    scales = [jnp.where(scale > 0, scale, 1) for scale in scales]
     return _at_all_scales(sums, scales, groups.dtype)
-
-
-def psum(tree: Any, axis_name: AxisName) -> Any:
-    """One ``psum`` of all arrays of a tree that share a dtype; the identity without axes."""
-    leaves, treedef = jax.tree.flatten(tree)
-    if axis_name is None or not leaves:
-        return tree
-    flat = lax.psum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), axis_name)
-    parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return jax.tree.unflatten(
-        treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
 
 
 def _root(
@@ -189,7 +224,7 @@ def _root(
     return norm, scaled, is_finite
 
 
-def _combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
+def combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
     """Norm over all leaves from their norms; infinite or NaN as they are.
 
     Relative to the largest norm, so that no square overflows.
@@ -204,157 +239,206 @@ def _combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
     return jnp.where(jnp.all(leaf_finite), norm, jnp.sum(jnp.where(leaf_finite, 0, leaf_norms)))
 
 
-def _roots(sums: _Sums, groups: Groups) -> Measurement:
+def merge_rows(measured: Measurement, groups: Groups) -> Measurement:
+    """The same with one row for each leaf, as a call that knows of no stacks gives it."""
+    if not groups.has_stacks:
+        return measured
+    ends = np.cumsum(groups.rows)
+    parts = [slice(end - n, end) for end, n in zip(ends, groups.rows, strict=True)]
+    norms, finite = measured.leaf_norms, measured.leaf_finite
+    return measured._replace(
+        leaf_norms=jnp.stack([combine(norms[part], finite[part]) for part in parts]),
+        leaf_finite=jnp.stack([jnp.all(finite[part]) for part in parts]),
+    )
+
+
+def _roots(sums: _Sums, sizes: tuple[jax.Array, ...], groups: Groups) -> Measurement:
     """All norms from sums that may be out of range at one or two of the scales."""
     roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
     norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
-    leaf_norms, _, leaf_finite = _root(*map(groups.leaf_vector, sums))
-    norm = norms[0] if groups.kind == "global" else _combine(leaf_norms, leaf_finite)
-    return Measurement(norms, scaled, finite, norm, leaf_norms.astype(jnp.float32), leaf_finite)
+    leaf_norms, _, leaf_finite = _root(*map(groups.row_sums, sums))
+    norm = norms[0] if groups.kind == "global" else combine(leaf_norms, leaf_finite)
+    leaf_norms = leaf_norms.astype(jnp.float32)
+    return Measurement(norms, scaled, finite, sizes, norm, leaf_norms, leaf_finite)
 
 
-def _plain_roots(stacked: tuple[jax.Array, ...], groups: Groups) -> Measurement:
+def _plain_roots(
+    terms: tuple[jax.Array, ...], sizes: tuple[jax.Array, ...], groups: Groups
+) -> Measurement:
     """All norms from plain sums that are in range."""
-    sums = groups.total(stacked)
+    sums = groups.total(terms)
     norms = tuple(map(jnp.sqrt, sums))
-    leaf_sums = groups.leaf_vector(stacked)
+    row_sums = groups.row_sums(terms)
     return Measurement(
         norms=norms,
         scaled=tuple(norm * RANGES[groups.dtype].down for norm in norms),
         finite=tuple(map(jnp.isfinite, sums)),
-        norm=jnp.sqrt(jnp.sum(leaf_sums)),
-        leaf_norms=jnp.sqrt(leaf_sums).astype(jnp.float32),
-        leaf_finite=jnp.isfinite(leaf_sums),
+        sizes=sizes,
+        norm=jnp.sqrt(jnp.sum(row_sums)),
+        leaf_norms=jnp.sqrt(row_sums).astype(jnp.float32),
+        leaf_finite=jnp.isfinite(row_sums),
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _measure(
+def _is_cold(
     leaves: tuple[jax.Array, ...],
+    stacked: tuple[jax.Array, ...],
     small_norms_matter: jax.Array,
-    watched: Any,
-    groups: Groups,
-    axis_name: AxisName,
-    watch: Watch | None,
-) -> tuple[Measurement, jax.Array | None]:
+    small_rows_matter: jax.Array,
+    call: MeasureCall,
+) -> jax.Array:
+    """Whether a plain sum that matters is out of range."""
+    groups = call.groups
     r = RANGES[groups.dtype]
-    batches = _make_batches(leaves, groups)
-    terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
-    stacked = _unload(terms, batches, groups)
     sums = groups.total(stacked)
     high = r.high / max(1, sum(part.size for part in sums))  # that of all groups fits then, too
     is_cold = any_of([~(part <= high) for part in sums])
-    if any(leaf.dtype != jnp.float16 for leaf in leaves):
+    used = [leaf for leaf, is_used in zip(leaves, call.is_used, strict=True) if is_used]
+    if used and all(leaf.dtype == jnp.float16 for leaf in used):
         # Squares of float16 fit float32. A constant False for them would let XLA fold the scales
         # into infinite ones.
-        are_small = [part < r.low for part in sums]
-        is_cold |= jnp.where(
-            small_norms_matter, any_of(are_small), ~any_of(map(jnp.invert, are_small))
-        )
+        return is_cold
+    pairs = list(zip(sums, _used_blocks(call), strict=True))
+    any_small = any_of([(part < r.low) & is_used for part, is_used in pairs])
+    all_small = ~any_of([(part >= r.low) & is_used for part, is_used in pairs])
+    is_cold |= jnp.where(small_norms_matter, any_small, all_small)
+    is_row_used = np.repeat(np.asarray(call.is_used, np.bool_), groups.rows)
+    is_small_row = groups.row_sums(stacked) < _SMALL_ROW[groups.dtype]
+    return is_cold | jnp.any(is_small_row & is_row_used & small_rows_matter)
+
+
+def _used_blocks(call: MeasureCall) -> list[np.ndarray]:
+    """For each block which of its groups are used."""
+    is_used = np.asarray(call.is_used, np.bool_)
+    if call.groups.kind == "global":
+        return [np.asarray(True)]
+    return [is_used] if call.groups.kind == "leaf" else list(is_used)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _measure(
+    leaves: tuple[jax.Array, ...],
+    small_norms_matter: jax.Array,
+    small_rows_matter: jax.Array,
+    watched: Any,
+    call: MeasureCall,
+) -> tuple[Measurement, jax.Array | None]:
+    groups, axes = call.groups, call.axes
+    batches = _make_batches(leaves, call)
+    terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
+    stacked = _unload(terms, batches, call)
+    shards = [axes.num_shards(index) for index in range(len(leaves))]
+    sizes = tuple(groups.sizes(call.is_used, shards))
+    is_cold = _is_cold(leaves, stacked, small_norms_matter, small_rows_matter, call)
 
     # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
     # them; else it would repeat the sum over all leaves in the loop of every leaf.
-    if axis_name is None:
+    if not axes.names:
         measured = lax.cond(
             is_cold,
-            lambda leaves, terms, *_: _roots(_reread(leaves, terms, groups), groups),
-            lambda leaves, terms, stacked: _plain_roots(stacked, groups),
+            lambda leaves, terms, *_: _roots(_reread(leaves, terms, call), sizes, groups),
+            lambda leaves, terms, stacked: _plain_roots(stacked, sizes, groups),
             leaves,
             terms,
             stacked,
         )
         return measured, None
-    sums_at_all_scales = lax.cond(
+    sums = lax.cond(
         is_cold,
-        lambda leaves, terms, _: _reread(leaves, terms, groups),
+        lambda leaves, terms, _: _reread(leaves, terms, call),
         lambda leaves, terms, stacked: _at_all_scales(stacked, [1.0] * len(stacked), groups.dtype),
         leaves,
         terms,
         stacked,
     )
-    if watch is None:
-        return _roots(psum(sums_at_all_scales, axis_name), groups), None
-    is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in sums), jnp.zeros((), groups.dtype)))
-    alarm = watch(leaves, watched, is_bad).astype(groups.dtype)
-    sums_at_all_scales, alarm = psum((sums_at_all_scales, alarm), axis_name)
-    return _roots(sums_at_all_scales, groups), alarm > 0
+    sums = _Sums(*(tuple(_count_once(part, call)) for part in sums))
+    if call.watch is None:
+        return _roots(axes.psum(sums), sizes, groups), None
+    is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in stacked), jnp.zeros((), groups.dtype)))
+    noted = call.watch(leaves, watched, is_bad).astype(groups.dtype)
+    sums, noted = axes.psum((sums, noted))
+    return _roots(sums, sizes, groups), noted
+
+
+def _count_once(part: Sequence[jax.Array], call: MeasureCall) -> Sequence[jax.Array]:
+    """Sums in the form of ``_unload``, those of repeated leaves on the first device only."""
+    groups, axes = call.groups, call.axes
+    if not axes.names or all(own == axes.names for own in axes.of_leaves):
+        return part
+    if groups.kind == "each":
+        return axes.count_once(part)
+    ones = axes.count_once([jnp.ones((), np.bool_) for _ in groups.shapes])
+    is_counted = jnp.repeat(
+        jnp.stack(ones), np.asarray(groups.rows), total_repeat_length=part[0].shape[0]
+    )
+    return (jnp.where(is_counted, part[0], 0),)
 
 
 @_measure.defjvp
-def _measure_jvp(groups, axis_name, watch, primals, tangents):
+def _measure_jvp(call, primals, tangents):
+    groups, axes = call.groups, call.axes
     leaves, *_ = primals
     leaf_dots, *_ = tangents
-    result, alarm = _measure(*primals, groups, axis_name, watch)
+    result, noted = _measure(*primals, call)
     down = RANGES[groups.dtype].down
 
-    def tangent(groups, norms, scaled, finite):
+    def tangent(groups, norms, scaled, finite, total):
         # d|g| = <g, dg> / |g|; zero where the norm is zero or not finite.
         ones = tuple(jnp.ones_like(norm) for norm in norms)
         firsts, seconds = map(groups.spread, factors_to(norms, scaled, ones))
         is_usable = groups.spread(
             [is_finite & (norm > 0) for is_finite, norm in zip(finite, norms, strict=True)]
         )
-        terms = []
-        for i, (leaf, axes) in enumerate(zip(leaves, groups.axes, strict=True)):
+        terms, shapes = [], groups.group_shapes()
+        for i, (leaf, own) in enumerate(zip(leaves, groups.axes, strict=True)):
+            if not call.is_used[i]:
+                terms.append(jnp.zeros(shapes[i], groups.dtype))
+                continue
             wide = widen(jnp.where(is_usable[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
             unit = scale_by(wide, firsts[i], seconds[i])
             product = jnp.real(jnp.conj(unit) * leaf_dots[i].astype(unit.dtype))
-            terms.append(jnp.sum(product, axis=axes, keepdims=len(axes) < leaf.ndim))
-        return groups.total(psum(groups.stack(terms), axis_name))
+            terms.append(jnp.sum(product, axis=own, keepdims=len(own) < leaf.ndim))
+        return total(axes.psum(axes.count_once(terms)))
 
-    norms = tangent(groups, result.norms, result.scaled, result.finite)
-    whole = make_groups("leaf", [], leaves)
-    leaf_norms = result.leaf_norms.astype(groups.dtype)
-    (leaf_norms_dot,) = tangent(whole, [leaf_norms], [leaf_norms * down], [result.leaf_finite])
+    def total(terms):
+        if groups.kind == "each":
+            return tuple(terms)
+        vector = jnp.stack(terms) if terms else jnp.zeros((0,), groups.dtype)
+        return (jnp.sum(vector),) if groups.kind == "global" else (vector,)
+
+    norms = tangent(groups, result.norms, result.scaled, result.finite, total)
+    whole = groups.of_rows()
+    row_norms = result.leaf_norms.astype(groups.dtype)
+    blocks = whole.split_rows(row_norms)
+    finite = whole.split_rows(result.leaf_finite)
+    row_dots = tangent(whole, blocks, tuple(block * down for block in blocks), finite, tuple)
+    row_dots = [dot.reshape(-1) for dot in row_dots]
+    row_norms_dot = jnp.concatenate(row_dots) if row_dots else jnp.zeros((0,), groups.dtype)
     is_usable = jnp.isfinite(result.norm) & (result.norm > 0)
-    shares = jnp.where(is_usable, leaf_norms, 0) / jnp.where(is_usable, result.norm, 1)
+    shares = jnp.where(is_usable, row_norms, 0) / jnp.where(is_usable, result.norm, 1)
     dots = Measurement(
         norms=norms,
         scaled=tuple(dot * down for dot in norms),
         finite=tuple(np.zeros(flag.shape, jax.dtypes.float0) for flag in result.finite),
-        norm=jnp.sum(shares * leaf_norms_dot),
-        leaf_norms=leaf_norms_dot.astype(jnp.float32),
+        sizes=tuple(map(jnp.zeros_like, result.sizes)),
+        norm=jnp.sum(shares * row_norms_dot),
+        leaf_norms=row_norms_dot.astype(jnp.float32),
         leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),
     )
-    return (result, alarm), (dots, alarm if alarm is None else np.zeros((), jax.dtypes.float0))
-
-
-class MeasureCall(NamedTuple):
-    """Static arguments of a measurement."""
-
-    groups: Groups
-    axis_name: AxisName
-    watch: Watch | None
-
-
-_calls: dict[str, MeasureCall] = {}
-
-
-def find_call(name: Any) -> MeasureCall | None:
-    """The measurement that has this name in a jaxpr, if it is one.
-
-    So the guard recognises the measurement of a clip inside the optimizer that it wraps.
-    """
-    return _calls.get(name)
+    return (result, noted), (dots, noted if noted is None else jnp.zeros_like(noted))
 
 
 @functools.cache
 def _jitted_measure(call: MeasureCall) -> Any:
-    def run(leaves, small_norms_matter, watched):
-        return _measure(leaves, small_norms_matter, watched, *call)
-
-    name = f"{call.groups}, {call.axis_name}, {call.watch and call.watch.__qualname__}"
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    run.__name__ = run.__qualname__ = f"optax_guard_measure_{digest}"
-    _calls[run.__name__] = call
-    return jax.jit(run)
+    return jax.jit(functools.partial(_measure, call=call))
 
 
 def measure(
     leaves: Sequence[jax.Array],
     groups: Groups,
     *,
-    axis_name: AxisName = None,
+    axes: MeshAxes = NO_AXES,
+    is_used: Sequence[bool] | None = None,
     small_norms_matter: jax.Array | bool = True,
 ) -> Measurement:
     """Norms of groups of elements and of every leaf, from one read of the leaves.
@@ -362,29 +446,36 @@ def measure(
     Args:
       leaves: inexact arrays.
       groups: which elements share a norm.
-      axis_name: mesh axes over which the leaves are sharded.
+      axes: mesh axes over which the leaves are sharded.
+      is_used: for each leaf whether to look at it; None for all.
       small_norms_matter: scalar bool, false when nobody cares how far below about 1e-10 a
         norm is, which spares arrays of zeros the second read.
     """
-    return measure_and_watch(
-        leaves, groups, axis_name=axis_name, small_norms_matter=small_norms_matter
-    )[0]
+    is_used = (True,) * len(leaves) if is_used is None else tuple(is_used)
+    call = MeasureCall(groups, is_used, axes, None)
+    return measure_and_watch(leaves, call, small_norms_matter=small_norms_matter)[0]
 
 
 def measure_and_watch(
-    leaves: Sequence[jax.Array],
-    groups: Groups,
+    leaves: Sequence[Any],
+    call: MeasureCall,
     *,
-    axis_name: AxisName,
     small_norms_matter: jax.Array | bool = True,
-    watch: Watch | None = None,
+    small_rows_matter: jax.Array | bool = False,
     watched: Any = (),
 ) -> tuple[Measurement, jax.Array | None]:
-    """``measure``, and with ``axis_name`` whether ``watch`` gives the alarm on any device.
+    """``measure``, and on mesh axes what ``call.watch`` finds, added up over all devices.
 
-    ``watch(leaves, watched, is_bad)`` returns a bool from what is on one device, ``is_bad`` being
-    whether the leaves are non-finite there; its answer needs no collective of its own.
+    ``small_rows_matter`` is a bool for each row, or for all: whether its norm is to be right where
+    elements may have underflowed.
     """
-    call = MeasureCall(groups, axis_name, None if axis_name is None else watch)
-    operands = (tuple(leaves), jnp.asarray(small_norms_matter), watched if call.watch else ())
-    return _jitted_measure(call)(*operands)
+    small = jnp.asarray(small_norms_matter)
+    # What is not used must not be an operand: XLA would keep it alive.
+    nothing = jnp.zeros((), call.groups.dtype)
+    used = tuple(
+        leaf if is_used else nothing for leaf, is_used in zip(leaves, call.is_used, strict=True)
+    )
+    operands = (used, small, jnp.asarray(small_rows_matter), watched)
+    result = _jitted_measure(call)(*operands)
+    announce(leaves, Heard(call, small, result))
+    return result

@@ -7,7 +7,6 @@ the whole is finite (at zero, at 1e-30, and next to a NaN).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard._core.arrays import promote
 from optax_guard._core.groups import Groups
 
 
@@ -61,7 +61,7 @@ def factors_to(
 
 def widen(leaf: jax.Array, dtype: Any) -> jax.Array:
     """``leaf`` in at least the precision of ``dtype``."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+    return leaf.astype(promote(leaf.dtype, dtype))
 
 
 def scale_by(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -76,15 +76,24 @@ def scale_by(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 class Scaling(NamedTuple):
     """How to bring groups to ``limits``: blocks of norms, scaled norms, limits and verdicts."""
 
-    norms: tuple[jax.Array, ...]
-    scaled: tuple[jax.Array, ...]
-    limits: tuple[jax.Array, ...]
-    active: tuple[jax.Array, ...]
+    norms: Any
+    scaled: Any
+    limits: Any
+    active: Any
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> tuple:
+def rescale(
+    leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups
+) -> tuple[jax.Array, ...]:
     """Gives each active group the norm ``limit``; the others keep every bit."""
+    firsts, seconds = _spread_factors(lax.stop_gradient(scaling), groups)
+    # Leaf by leaf, so that one whose update nobody needs is not kept alive by the others.
+    parts = zip(*map(groups.spread, scaling), strict=True)
+    return tuple(map(_rescale_leaf, leaves, firsts, seconds, (Scaling(*part) for part in parts)))
+
+
+def _spread_factors(scaling: Scaling, groups: Groups) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Two factors for each leaf, ready to broadcast."""
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
 
     def factors(scaling):
@@ -100,34 +109,34 @@ def rescale(leaves: tuple[jax.Array, ...], scaling: Scaling, groups: Groups) -> 
         # would make all loops different, and the compiler compiles equal ones once.
         pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
         one = jnp.ones((2,), pairs.dtype)  # the tree may be empty
-        spread = lax.cond(any_of(scaling.active), list, lambda pairs: [one] * len(leaves), pairs)
-        firsts, seconds = ([pair[place] for pair in spread] for place in (0, 1))
-    else:
-        chosen = lax.cond(any_of(scaling.active), factors, lambda _: (ones, ones), scaling)
-        firsts, seconds = map(groups.spread, chosen)
-    return tuple(map(scale_by, leaves, firsts, seconds))
+        count = len(groups.axes)
+        spread = lax.cond(any_of(scaling.active), list, lambda pairs: [one] * count, pairs)
+        return [pair[0] for pair in spread], [pair[1] for pair in spread]
+    chosen = lax.cond(any_of(scaling.active), factors, lambda _: (ones, ones), scaling)
+    firsts, seconds = map(groups.spread, chosen)
+    return firsts, seconds
 
 
-@rescale.defjvp
-def _rescale_jvp(groups, primals, tangents):
+@jax.custom_jvp
+def _rescale_leaf(
+    leaf: jax.Array, first: jax.Array, second: jax.Array, scaling: Scaling
+) -> jax.Array:
+    del scaling  # what the factors were made of
+    return scale_by(leaf, first, second)
+
+
+@_rescale_leaf.defjvp
+def _rescale_leaf_jvp(primals, tangents):
     # u = g L/n, so du = (dg - (g/n) dn) L/n + (g/n) dL. Every factor is finite where u is.
-    leaves, scaling = primals
-    leaf_dots, scaling_dot = tangents
-    ones = tuple(jnp.ones_like(norm) for norm in scaling.norms)
-    norms, scaled, limits = (
-        tuple(map(jnp.where, scaling.active, blocks, ones))
-        for blocks in (scaling.norms, scaling.scaled, scaling.limits)
-    )
-    unit_factors = [groups.spread(factor) for factor in factors_to(norms, scaled, ones)]
-    factors = [groups.spread(factor) for factor in factors_to(norms, scaled, limits)]
-    active = groups.spread(scaling.active)
-    norm_dots = groups.spread(scaling_dot.norms)
-    limit_dots = groups.spread(scaling_dot.limits)
-    result = []
-    for i, (leaf, dot) in enumerate(zip(leaves, leaf_dots, strict=True)):
-        wide = widen(jnp.where(active[i], leaf, jnp.zeros_like(leaf)), groups.dtype)
-        unit = scale_by(wide, unit_factors[0][i], unit_factors[1][i])
-        across = dot.astype(unit.dtype) - unit * norm_dots[i]
-        moved = scale_by(across, factors[0][i], factors[1][i]) + unit * limit_dots[i]
-        result.append(jnp.where(active[i], moved.astype(leaf.dtype), dot))
-    return rescale(leaves, scaling, groups), tuple(result)
+    leaf, _, _, scaling = primals
+    dot, _, _, scaling_dot = tangents
+    active = scaling.active
+    norm, scaled, limit = (jnp.where(active, part, jnp.ones_like(part)) for part in scaling[:3])
+    one = jnp.ones_like(norm)
+    (unit_first,), (unit_second,) = factors_to([norm], [scaled], [one])
+    (first,), (second,) = factors_to([norm], [scaled], [limit])
+    wide = widen(jnp.where(active, leaf, jnp.zeros_like(leaf)), norm.dtype)
+    unit = scale_by(wide, unit_first, unit_second)
+    across = dot.astype(unit.dtype) - unit * scaling_dot.norms
+    moved = scale_by(across, first, second) + unit * scaling_dot.limits
+    return _rescale_leaf(*primals), jnp.where(active, moved.astype(leaf.dtype), dot)

@@ -18,7 +18,7 @@ from optax_guard._core.arrays import increment
 
 
 class Moments(NamedTuple):
-    """Count, mean and biased variance of the norms of each group. Never stored in a state."""
+    """Count, mean and biased variance of the norms of each group."""
 
     count: jax.Array
     mean: jax.Array
@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
 
 def zero_moments(norms: jax.ShapeDtypeStruct) -> Moments:
-    """Moments of nothing, each in a buffer of its own, since none can be donated twice."""
+    """Moments of nothing."""
     dtypes = (jnp.int32, norms.dtype, norms.dtype)
     return Moments(*(jnp.zeros(norms.shape, dtype) for dtype in dtypes))
 
@@ -53,7 +53,8 @@ def corrected_weight(weight: jax.Array, count: jax.Array) -> jax.Array:
     itself can then be stored, and stays bitwise constant when the values do.
     """
     log_decay = jnp.log1p(-jnp.minimum(weight, 1 - 2**-24))
-    return jnp.where(count > 1, -weight / jnp.expm1(count * log_decay), 1)
+    decayed = jnp.expm1(count.astype(weight.dtype) * log_decay)
+    return jnp.where(count > 1, -weight / decayed, 1)
 
 
 def follow_shift(
@@ -76,6 +77,17 @@ def follow_shift(
     longer = add_to_moments(streak, norms)
     kept = Moments(*(jnp.where(is_cut_by_half, part, jnp.zeros_like(part)) for part in longer))
     return kept, kept.count >= rebaseline_after
+
+
+def unless(condition: jax.Array, moments: Moments) -> Moments:
+    """Moments of nothing where ``condition`` holds."""
+    return Moments(*(jnp.where(condition, jnp.zeros_like(part), part) for part in moments))
+
+
+def empty_window(norms: jax.ShapeDtypeStruct, window: int) -> tuple[jax.Array, jax.Array]:
+    """A ring buffer for the last norms of each group, and how many it holds."""
+    values = jnp.zeros((window, *norms.shape), norms.dtype)
+    return values, jnp.zeros(norms.shape, jnp.int32)
 
 
 def add_to_window(
@@ -111,7 +123,8 @@ def percentile_of(values: jax.Array, count: jax.Array, percentile: Any) -> jax.A
     # The position percentile / 100 * last, whole numbers apart from the rest: a float32 product
     # knows 899.1 to 6e-5 only, and lets in as much of a spike that stands at 900.
     whole = jnp.asarray(percentile // 1).astype(jnp.int32) * last
-    rest = whole % 100 + jnp.asarray(percentile % 1).astype(values.dtype) * last
+    rest = (whole % 100).astype(values.dtype)
+    rest += jnp.asarray(percentile % 1).astype(values.dtype) * last.astype(values.dtype)
     low = whole // 100 + (rest // 100).astype(jnp.int32)
     fraction = (rest % 100) / 100
 
@@ -129,7 +142,7 @@ def _places(values: jax.Array) -> jax.Array:
 
 
 class FirstNorms(NamedTuple):
-    """The first norms of each group and their median. Never stored in a state.
+    """The first norms of each group and their median.
 
     Attributes:
       count: int32 ``[*groups]``, norms in ``values``.

@@ -1,53 +1,130 @@
-"""Finds states in what a training loop calls its optimizer state, and what hides leaves of them."""
+"""Finds states in what a training loop calls its optimizer state, and what they sit in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 
 from optax_guard._core.find import is_own_state
 from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.rollback import RollbackState
+
+_SNAPSHOT = ("snapshot_params", "snapshot_state")
 
 
 class Found(NamedTuple):
-    """A state, and whether ``optax.masked`` or ``optax.partition`` hides leaves from it."""
+    """A state of this library, or of ``optax.MultiSteps``, and where it sits.
 
-    state: Any
-    is_masked: bool
-
-
-def find_states(
-    tree: Any, *, is_masked: bool = False, not_inside: tuple[type, ...] = ()
-) -> list[Found]:
-    """All states of this library at any depth of any pytree, outer ones first.
-
-    Args:
-      tree: any pytree.
-      is_masked: whether ``tree`` itself comes from inside a mask.
-      not_inside: types of states that are not looked into.
+    Attributes:
+      state: the state.
+      keys: of the groups of ``optax.partition`` and parts of ``optax.named_chain`` around it,
+        outermost first.
+      around: states of this library, of ``optax.masked`` and of ``optax.MultiSteps`` that it sits
+        in, outermost first.
     """
 
-    def is_inner(node):
-        return node is not tree and (is_own_state(node) or isinstance(node, optax.MaskedState))
+    state: Any
+    keys: tuple[str, ...] = ()
+    around: tuple[Any, ...] = ()
 
-    found = [Found(tree, is_masked)] if is_own_state(tree) else []
-    if isinstance(tree, not_inside):
-        return found
-    is_masked = is_masked or isinstance(tree, optax.MaskedState)
-    for node in jax.tree.leaves(tree, is_leaf=is_inner):
-        if is_inner(node):
-            found += find_states(node, is_masked=is_masked, not_inside=not_inside)
-    return found
+    @property
+    def is_masked(self) -> bool:
+        """Whether ``optax.masked`` or ``optax.partition`` hides leaves from it."""
+        return any(isinstance(state, optax.MaskedState) for state in self.around)
+
+    @property
+    def multi_steps(self) -> tuple[optax.MultiStepsState, ...]:
+        """States of ``optax.MultiSteps`` around it."""
+        return tuple(state for state in self.around if isinstance(state, optax.MultiStepsState))
+
+
+def find_states(tree: Any) -> list[Found]:
+    """All states of this library at any depth of any pytree, outer ones first.
+
+    The snapshot of a :func:`rollback`, a copy of states, is not looked into.
+    """
+    return [found for found in _walk(tree, (), ()) if is_own_state(found.state)]
+
+
+def find_multi_steps(tree: Any) -> list[Found]:
+    """All states of ``optax.MultiSteps``."""
+    walk = _walk(tree, (), ())
+    return [found for found in walk if isinstance(found.state, optax.MultiStepsState)]
+
+
+def _walk(node: Any, keys: tuple[str, ...], around: tuple[Any, ...]) -> Iterator[Found]:
+    if is_own_state(node):
+        yield Found(node, keys, around)
+        for child in _own_children(node):
+            yield from _walk(child, keys, (*around, node))
+    elif isinstance(node, (optax.MultiStepsState, optax.MaskedState)):
+        if isinstance(node, optax.MultiStepsState):
+            yield Found(node, keys, around)
+        for child in node:
+            yield from _walk(child, keys, (*around, node))
+    elif isinstance(node, optax.transforms.PartitionState):
+        for key, child in node.inner_states.items():
+            yield from _walk(child, (*keys, str(key)), around)
+    elif _is_named_chain(node):
+        for key, child in node.items():
+            yield from _walk(child, (*keys, str(key)), around)
+    else:
+        for child in jax.tree.leaves(node, is_leaf=lambda part: part is not node and _stops(part)):
+            if child is not node and _stops(child):
+                yield from _walk(child, keys, around)
+
+
+def _own_children(state: Any) -> list[Any]:
+    """What may hold other states; the conditions of a guard each by itself, without a key."""
+    children = []
+    for field, child in zip(state._fields, state, strict=True):
+        if isinstance(state, RollbackState) and field in _SNAPSHOT:
+            continue
+        is_conditions = isinstance(state, GuardState) and field == "condition_states"
+        children += list(child.values()) if is_conditions else [child]
+    return children
+
+
+def _stops(node: Any) -> bool:
+    kinds = (optax.MultiStepsState, optax.MaskedState, optax.transforms.PartitionState)
+    return is_own_state(node) or isinstance(node, kinds) or _is_named_chain(node)
+
+
+def _is_named_chain(node: Any) -> bool:
+    """Whether a node is a dict of several optimizer states, which are tuples."""
+    if not isinstance(node, dict) or len(node) < 2:
+        return False
+    return all(isinstance(child, tuple) for child in node.values())
 
 
 def find_outer_guards(opt_state: Any) -> list[Found]:
     """The guards that sit in no other guard; none is no error."""
-    states = find_states(opt_state, not_inside=(GuardState,))
-    return [found for found in states if isinstance(found.state, GuardState)]
+    guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
+    return [
+        found for found in guards if not any(isinstance(s, GuardState) for s in found.around)
+    ]
+
+
+def find_guards(opt_state: Any) -> list[Found]:
+    """The guards in ``opt_state``, or an error that says what to do."""
+    guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
+    if not guards:
+        raise ValueError(
+            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
+            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
+        )
+    return guards
+
+
+def first_leaf(value: Any) -> jax.Array:
+    """An array, taken out of the Flax variable that may hold it."""
+    return jnp.asarray(jax.tree.leaves(value)[0])
 
 
 def refuse_batched(function: str, count: Any) -> None:
@@ -67,14 +144,3 @@ def refuse_tracers(function: str, tree: Any) -> None:
             f"og.{function} runs on the host and needs values, not tracers. Call it outside of "
             "jit, with what the jitted function returns; og.metrics and og.step_ok work inside."
         )
-
-
-def find_guards(opt_state: Any) -> list[Found]:
-    """The guards in ``opt_state``, or an error that says what to do."""
-    guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
-    if not guards:
-        raise ValueError(
-            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
-            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
-        )
-    return guards

@@ -2,73 +2,165 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_guard._core.find import is_own_state, own_states, states_of_type
-from optax_guard.reading.find import find_guards
+from optax_guard._core.find import factory_name
+from optax_guard._core.states import PackedState
+from optax_guard.reading.find import (
+    Found,
+    find_guards,
+    find_outer_guards,
+    find_states,
+    first_leaf,
+)
+from optax_guard.reading.names import Stacked, gradient_leaves, guard_rows
 from optax_guard.wrappers.guard import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
+from optax_guard.wrappers.microbatch import SkipMicrobatchState
 
 
 def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
     """Collects the scalars of every state of this library.
 
+    They are called::
+
+        guard/<field>                   of a guard
+        guard/<factory>/<field>         of any other state: guard/clip_by_norm/clipped_total
+        guard/<group>/...               within a group of optax.partition, or a part of
+                                        optax.named_chain: guard/embed/skipped_total
+        guard/.../2/<field>             of the second of a kind with the same name, counted from
+                                        outside: guard/2/skipped_total, guard/clip_by_norm/2/steps
+
     Args:
       opt_state: any pytree that holds optimizer states at any depth: an Optax state, a Linen
-        ``TrainState``, an ``nnx.Optimizer``, an Equinox module.
-      prefix: put before each name.
+        ``TrainState``, an ``nnx.Optimizer``, an Equinox module; a dict of several states, whose
+        keys then are groups as well.
+      prefix: put in place of ``guard/``.
 
     Returns:
-      ``{prefix + field: scalar array}``. The keys depend on the structure of the state only. The
-      second state of a kind gets ``prefix + "2/"``, and so on. Pure, callable under ``jit``;
-      nothing is transferred to the host. For a state with a batch axis (an ensemble made by
-      ``jax.vmap``) call ``jax.vmap(og.metrics)(opt_state)``.
+      Scalar arrays by name. For an ensemble, whose state has a batch axis from ``jax.vmap``, each
+      array has that axis. The keys depend on the structure of the state only. Pure, callable under
+      ``jit``; nothing is transferred to the host, and a state of NumPy arrays gives such. The
+      snapshot that :func:`rollback` keeps has no metrics of its own.
+
+    Raises:
+      ValueError: if there is no state of this library in ``opt_state``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
-      >>> tx = og.guard(optax.sgd(0.1))
+      >>> tx = og.stabilize(optax.sgd(0.1), clip=og.clip_by_norm(1.0))
       >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
-      >>> float(og.metrics(state)["guard/grad_norm"])
-      5.0
+      >>> found = og.metrics(state)
+      >>> float(found["guard/grad_norm"]), int(found["guard/clip_by_norm/clipped_total"])
+      (5.0, 1)
     """
-    result = {}
-    seen: Counter[str] = Counter()
-    for state in own_states(opt_state):
-        kind = type(state).__name__
-        seen[kind] += 1
-        place = prefix if seen[kind] == 1 else f"{prefix}{seen[kind]}/"
-        for field, value in zip(state._fields, state, strict=True):
-            scalar = _as_scalar(value)
-            if scalar is not None and field != "inner_state":
-                result[place + field] = scalar
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError(
+            f"No state of optax_guard was found in the given {type(opt_state).__name__}. Wrap the "
+            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state: "
+            "og.metrics(opt_state)."
+        )
+    result: dict[str, jax.Array] = {}
+    used: set[str] = set()
+    for found in states:
+        place = prefix + "".join(f"{part}/" for part in _parts(found))
+        place = next(name for name in _numbered(place) if name not in used)
+        used.add(place)
+        for field, value in _scalars(found.state):
+            result[place + field] = value
     return result
 
 
-def _as_scalar(value: Any) -> jax.Array | None:
-    """The field as an array if it is a single number, also when Flax has wrapped it."""
-    if is_own_state(value):
-        return None
-    leaves = jax.tree.leaves(value)
-    is_scalar = len(leaves) == 1 and jnp.shape(leaves[0]) == () and not isinstance(value, tuple)
-    return jnp.asarray(leaves[0]) if is_scalar else None
+def _parts(found: Found) -> tuple[str, ...]:
+    is_guard = isinstance(found.state, GuardState)
+    return found.keys if is_guard else (*found.keys, factory_name(type(found.state)))
+
+
+def _numbered(place: str) -> Iterator[str]:
+    yield place
+    number = 2
+    while True:
+        yield f"{place}{number}/"
+        number += 1
+
+
+def _scalars(state: Any) -> Iterator[tuple[str, Any]]:
+    """Name and value of each number in a state; one that packs none holds nothing else."""
+    if isinstance(state, PackedState):
+        for name, entry in state._entries.items():
+            if entry.where is None:
+                yield name, getattr(state, name)
+    else:
+        for name, value in zip(state._fields, state, strict=True):
+            leaf = jax.tree.leaves(value)[0]
+            yield name, leaf if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+
+
+def layer_norms(
+    opt_state: Any, params: Any, *, stacked: Stacked = None
+) -> dict[str, jax.Array]:
+    """The norm of the gradient of every layer, as the guards saw it last, ready for a logger.
+
+    Args:
+      opt_state: any pytree that holds a :class:`GuardState`.
+      params: the parameters, with the batch axis of an ensemble if the state has one; with Flax NNX
+        ``nnx.state(model, nnx.Param)``.
+      stacked: that of the guard, for calls inside ``jit``. Outside of it the state tells.
+
+    Returns:
+      Scalar arrays by path, ``"layers/kernel[3]"`` for a layer of a stack; with its axis for an
+      ensemble. Before any clipping; 0 for gradients that are unused, NaN or inf for non-finite
+      ones. Of guards one in another only the outermost is read. Leaves behind ``optax.masked`` or
+      ``optax.partition`` that nothing tells the names of are numbered within their group. Pure,
+      callable under ``jit``.
+
+    Raises:
+      ValueError: if there is no guard in ``opt_state``, ``params`` does not match it, or a guard
+        has stacked leaves and ``stacked`` is missing inside ``jit``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> {name: float(norm) for name, norm in og.layer_norms(state, params).items()}
+      {'bias': 1.41421..., 'kernel': 2.0}
+    """
+    leaves = gradient_leaves(params)
+    result: dict[str, jax.Array] = {}
+    for guard in find_outer_guards(opt_state) or find_guards(opt_state):
+        rows = guard_rows(guard, leaves, stacked=stacked)
+        norms = guard.state.leaf_norms
+        within = "".join(f"{key}/" for key in guard.keys)
+        for index, name in enumerate(rows.names):
+            # Of guards in a row only the first sees the gradients themselves.
+            result.setdefault(name if rows.are_known else within + name, norms[..., index])
+    return result
 
 
 def step_ok(opt_state: Any) -> jax.Array:
     """Tells whether the last step was accepted by every guard and overflowed no loss scale.
 
+    Inside ``optax.MultiSteps`` a step is a micro-batch: it is fine unless :func:`skip_microbatch`
+    left it out, or it completed a window that the guard inside skipped.
+
     Args:
-      opt_state: any pytree that holds at least one :class:`GuardState` or
-        :class:`DynamicLossScaleState`.
+      opt_state: any pytree that holds at least one :class:`GuardState`,
+        :class:`DynamicLossScaleState` or :class:`SkipMicrobatchState`.
 
     Returns:
-      bool scalar array; callable under ``jit``.
+      bool array, a scalar; for an ensemble, whose state has a batch axis from ``jax.vmap``, with
+      that axis. Callable under ``jit``.
 
     Raises:
-      ValueError: if there is neither in ``opt_state``.
+      ValueError: if there is none of them in ``opt_state``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -77,21 +169,26 @@ def step_ok(opt_state: Any) -> jax.Array:
       >>> bool(og.step_ok(state))
       False
     """
-    scales = states_of_type(opt_state, DynamicLossScaleState)
-    skipped = [first_leaf(state.last_step_overflowed) for state in scales]
-    if not scales or states_of_type(opt_state, GuardState):
-        skipped += [first_leaf(state.last_step_skipped) for state in guard_states(opt_state)]
-    return ~jnp.any(jnp.stack(skipped))
+    bad = [flag for found in find_states(opt_state) for flag in _bad_flags(found)]
+    if not bad:
+        find_guards(opt_state)  # raises
+    return ~functools.reduce(jnp.logical_or, bad)
 
 
-def guard_states(opt_state: Any) -> list[GuardState]:
-    """The guards in ``opt_state``, or an error that says what to do."""
-    return [found.state for found in find_guards(opt_state)]
-
-
-def first_leaf(value: Any) -> jax.Array:
-    """An array, taken out of the Flax variable that may hold it."""
-    return jnp.asarray(jax.tree.leaves(value)[0])
+def _bad_flags(found: Found) -> list[jax.Array]:
+    """What a state says against the last step."""
+    state = found.state
+    if isinstance(state, SkipMicrobatchState):
+        return [jnp.asarray(state.microbatch_skipped)]
+    if isinstance(state, GuardState):
+        is_bad = jnp.asarray(state.last_step_skipped)
+    elif isinstance(state, DynamicLossScaleState):
+        is_bad = jnp.asarray(state.last_step_overflowed)
+    else:
+        return []
+    for outer in found.multi_steps:  # between two windows nothing is asked of what is inside
+        is_bad &= first_leaf(outer.mini_step) == 0
+    return [is_bad]
 
 
 def select(ok: jax.Array, new: Any, old: Any) -> Any:
@@ -105,19 +202,45 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
     variables, so that what was read before shows what is written after, and ``old`` is ``new``.
 
     Args:
-      ok: bool scalar, as :func:`step_ok` gives.
-      new: pytree of arrays.
+      ok: bool array as :func:`step_ok` gives: a scalar, or ``[members]`` for an ensemble.
+      new: pytree of arrays; for an ensemble the leading axes of each are those of ``ok``.
       old: pytree of the same structure, shapes and dtypes.
 
     Returns:
-      The chosen tree.
+      The chosen tree; for an ensemble chosen member by member.
 
     Raises:
-      ValueError: if the structures differ.
+      ValueError: if structures or shapes differ, or an array has not the leading axes of ``ok``.
 
     Example:
       >>> import jax.numpy as jnp, optax_guard as og
       >>> og.select(jnp.array(False), {"mean": jnp.full(1, jnp.nan)}, {"mean": jnp.zeros(1)})
       {'mean': Array([0.], dtype=float32)}
+      >>> og.select(jnp.array([True, False]), jnp.ones((2, 1)), jnp.zeros((2, 1)))
+      Array([[1.], [0.]], dtype=float32)
     """
-    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    ok = jnp.asarray(ok)
+    structures = jax.tree.structure(new), jax.tree.structure(old)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "select needs two trees of the same structure, got new with {} and old with {}. Pass "
+            "the same part of the model after and before the step.".format(*structures)
+        )
+
+    def choose(path, after, before):
+        shape = jnp.shape(after)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if shape != jnp.shape(before):
+            raise ValueError(
+                f"select needs arrays of the same shape, but {name!r} is {shape} in new and "
+                f"{jnp.shape(before)} in old. Pass the same part of the model after and before."
+            )
+        if shape[: ok.ndim] != ok.shape:
+            raise ValueError(
+                f"ok of shape {ok.shape} chooses members of an ensemble along the first axes, but "
+                f"{name!r} has the shape {shape}. Move the axis of the members to the front, or pass "
+                "ok.all() for what all members share."
+            )
+        return jnp.where(ok.reshape(ok.shape + (1,) * (len(shape) - ok.ndim)), after, before)
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)

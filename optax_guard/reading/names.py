@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
+from optax_guard._core.groups import row_suffixes
 from optax_guard._core.trees import is_inexact
 from optax_guard.reading.find import Found
 from optax_guard.wrappers.guard import GuardState
+
+Stacked = Callable[[str, Any], bool | int] | None
 
 
 class NamedLeaf(NamedTuple):
@@ -33,60 +39,120 @@ def named_leaves(params: Any) -> list[NamedLeaf]:
     return result
 
 
-class LeafNames(NamedTuple):
-    """What the leaves that a guard watches are called; numbers where nothing better is known."""
-
-    names: tuple[str, ...]
-    are_known: bool
-
-    @classmethod
-    def numbered(cls, count: int) -> LeafNames:
-        """Names for want of parameters."""
-        return cls(tuple(f"leaf {index}" for index in range(count)), are_known=False)
-
-
 def gradient_leaves(params: Any) -> list[NamedLeaf]:
     """The leaves of ``params`` that have gradients, which for lookahead are the fast ones."""
     return named_leaves(params.fast if isinstance(params, optax.LookaheadParams) else params)
 
 
-def guard_leaf_names(guard: Found, leaves: Sequence[NamedLeaf] | None) -> LeafNames:
-    """Names of the leaves that a guard watches.
+class Row(NamedTuple):
+    """A leaf that a guard watches, or one layer of a leaf that stacks layers.
+
+    Attributes:
+      name: such as ``"layers/kernel[3]"``.
+      leaf: the name of the leaf; None if it is not known.
+      layer: place of the layer in it; empty for a leaf that stacks none.
+    """
+
+    name: str
+    leaf: str | None = None
+    layer: tuple[int, ...] = ()
+
+
+class Rows(NamedTuple):
+    """The rows of a guard; numbered where nothing better is known."""
+
+    rows: tuple[Row, ...]
+    are_known: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of each row."""
+        return tuple(row.name for row in self.rows)
+
+    @classmethod
+    def numbered(cls, count: int) -> Rows:
+        """Rows for want of parameters."""
+        return cls(tuple(Row(f"leaf {index}") for index in range(count)), are_known=False)
+
+
+def guard_rows(guard: Found, leaves: Sequence[NamedLeaf] | None, *, stacked: Stacked = None) -> Rows:
+    """The rows that a guard watches, in the order of its ``leaf_norms``.
 
     Inside ``optax.masked`` and ``optax.partition`` a guard sees only some leaves; which ones
     follows from the moments of its inner optimizer, if it keeps any.
 
     Args:
-      guard: a guard state.
+      guard: a guard state. Only one with stacked leaves is waited for, for its ``stack_depths``.
       leaves: those of all parameters, or None.
+      stacked: that of the guard, where its state cannot be read because it is traced.
 
     Raises:
-      ValueError: if the guard watches another number of leaves and no mask is the reason.
+      ValueError: if the guard watches other leaves and no mask is the reason, or there are stacked
+        ones in a traced state.
     """
-    state: GuardState = guard.state
-    count = num_watched(state)
+    count = num_rows(guard.state)
     if leaves is None:
-        return LeafNames.numbered(count)
-    if len(leaves) == count:
-        return LeafNames(tuple(leaf.name for leaf in leaves), are_known=True)
+        return Rows.numbered(count)
+    candidates = [leaves]
     if guard.is_masked:
-        seen = _names_within(state.inner_state, leaves)
-        known = len(seen) == count
-        return LeafNames(seen, are_known=True) if known else LeafNames.numbered(count)
+        candidates.insert(0, _within(guard.state.inner_state, leaves))
+    for watched in candidates:
+        rows = _match(guard.state, watched, count, stacked)
+        if rows is not None:
+            return Rows(rows, are_known=True)
+    if guard.is_masked:
+        return Rows.numbered(count)
+    what = "float leaves" if count <= len(leaves) else "float leaves and layers of stacked ones"
     raise ValueError(
-        f"params has {len(leaves)} float leaves, but the guard watches {count}. Pass the "
+        f"params has {len(leaves)} float leaves, but the guard watches {count} {what}. Pass the "
         "tree of parameters that the optimizer was initialised with; with Flax NNX, "
         "nnx.state(model, nnx.Param)."
     )
 
 
-def num_watched(state: GuardState) -> int:
-    """How many leaves a guard watches."""
-    return jnp.size(jax.tree.leaves(state.last_fault_leaves)[0])
+def num_rows(state: GuardState) -> int:
+    """How many leaves a guard watches, a stacked one counting once a layer."""
+    return np.shape(state.leaf_norms)[-1]
 
 
-def _names_within(inner_state: Any, leaves: Sequence[NamedLeaf]) -> tuple[str, ...]:
-    """Names of the parameters that ``inner_state`` keeps arrays for, in their order."""
+def _match(
+    state: GuardState, leaves: Sequence[NamedLeaf], count: int, stacked: Stacked
+) -> tuple[Row, ...] | None:
+    """The rows of these leaves if there are ``count`` of them, else None."""
+    if count == len(leaves):
+        return tuple(Row(leaf.name, leaf.name) for leaf in leaves)
+    if count < len(leaves):
+        return None
+    batch = np.ndim(state.guard_step)
+    row_depths = _row_depths(state) if stacked is None else []
+    rows: list[Row] = []
+    for name, leaf in leaves:
+        shape = jnp.shape(leaf)[batch:]
+        if stacked is not None:
+            depth = int(stacked(name, jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))))
+        else:
+            depth = row_depths[len(rows)] if len(rows) < count else 0
+        layers = shape[:depth]
+        places = zip(row_suffixes(layers), np.ndindex(*layers), strict=True)
+        rows += [Row(name + suffix, name, place) for suffix, place in places]
+    return tuple(rows) if len(rows) == count else None
+
+
+def _row_depths(state: GuardState) -> list[int]:
+    """``stack_depths``, which are the same for all members of an ensemble."""
+    depths = state.stack_depths
+    if isinstance(depths, Tracer):
+        raise ValueError(
+            "This guard keeps a norm for each layer of stacked arrays; which arrays those are "
+            "cannot be read off its state inside jit. Pass stacked=, as given to og.guard, here too: "
+            "og.layer_norms(opt_state, params, stacked=...)."
+        )
+    depths = np.asarray(jax.device_get(depths))
+    return depths.reshape(-1, depths.shape[-1])[0].tolist()
+
+
+def _within(inner_state: Any, leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
+    """The parameters that ``inner_state`` keeps arrays for, in their order."""
     shapes = {leaf.name: jnp.shape(leaf.leaf) for leaf in leaves}
     found = set()
     for path, array in named_leaves(inner_state):
@@ -94,7 +160,31 @@ def _names_within(inner_state: Any, leaves: Sequence[NamedLeaf]) -> tuple[str, .
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         name = next((end for end in ends if shapes.get(end) == jnp.shape(array)), None)
         found.add(name)
-    return tuple(name for name in shapes if name in found)
+    return [leaf for leaf in leaves if leaf.name in found]
+
+
+def condition_names(state: GuardState) -> tuple[str, ...]:
+    """What the conditions in ``skip_if`` are called, in their order."""
+    return tuple(key.partition(" ")[2] for key in sorted(state.condition_states))
+
+
+def network_order(names: Sequence[str]) -> np.ndarray:
+    """Indices that list names as a network has its layers: ``Dense_2`` before ``Dense_10``.
+
+    JAX sorts the keys of a dict as text. Names that differ in their numbers only are sorted by
+    these; all others stay in order.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    keys = []
+    for name in names:
+        key, parent = [], ""
+        for part in name.split("/"):
+            stem = re.sub(r"\d+", "#", part)
+            rank = ranks.setdefault((parent, stem), len(ranks))
+            key.append((rank, tuple(map(int, re.findall(r"\d+", part)))))
+            parent += "/" + part
+        keys.append(key)
+    return np.array(sorted(range(len(names)), key=keys.__getitem__), dtype=int)
 
 
 def _is_flax_box(node: Any) -> bool:

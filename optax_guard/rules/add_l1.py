@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_guard._core.arrays import increment, tree_where
+from optax_guard._core.arrays import increment, promote, tree_where
 from optax_guard._core.checks import check_number
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules.rule import value_at
 
@@ -21,10 +22,10 @@ class AddL1State(NamedTuple):
     """State of :func:`add_l1`: one scalar.
 
     Attributes:
-      l1_steps: int32, finite steps seen (the argument of a schedule).
+      steps: int32, finite steps seen (the argument of a schedule).
     """
 
-    l1_steps: jax.Array
+    steps: Any
 
 
 def add_l1(
@@ -81,31 +82,28 @@ def add_l1(
 
     def init(params):
         del params
-        return AddL1State(l1_steps=jnp.zeros((), jnp.int32))
+        return AddL1State(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "add_l1 adds a function of the parameters, but update() was called without "
-                "params. Call update(updates, state, params)."
-            )
+        require_state(state, AddL1State, "add_l1")
+        require_params(params, "add_l1", "adds a function of the parameters")
         split = float_leaves(updates)
         arrays = [
-            _pulled(leaf, param, strength, state.l1_steps)
+            _pulled(leaf, param, strength, state.steps)
             for leaf, param in zip(split.arrays, split.matching(params), strict=True)
         ]
         groups = make_groups("global", split.paths, split.arrays)
         is_finite = jnp.all(measure(split.arrays, groups, small_norms_matter=False).leaf_finite)
-        new_state = AddL1State(l1_steps=increment(state.l1_steps))
+        new_state = AddL1State(increment(state.steps))
         return split.replace(arrays), tree_where(is_finite, new_state, state)
 
-    everywhere = optax.GradientTransformationExtraArgs(init, update)
+    everywhere = transformation(init, update)
     return everywhere if mask is None else optax.masked(everywhere, mask)
 
 
 def _pulled(update: jax.Array, param: jax.Array, strength: Any, step: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
+    wide = promote(update.dtype, param.dtype, jnp.float32)
     pull = value_at(strength, step, jnp.finfo(wide).dtype) * jnp.sign(param).astype(wide)
     pulled = (update.astype(wide) + pull).astype(update.dtype)
     return jnp.where(param == 0, update, pulled)  # keeps every bit, the sign of zero included

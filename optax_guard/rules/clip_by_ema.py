@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from optax_guard._core.arrays import increment
+from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import check_axis_name, check_count, check_number, check_scope
 from optax_guard._core.groups import Scope
-from optax_guard._core.measure import AxisName
-from optax_guard._core.statistics import Moments, follow_shift, moving_average
+from optax_guard._core.statistics import follow_shift, moving_average, unless, zero_moments
 from optax_guard.rules.rule import Rule, limit_norms, value_at
-
-
-class EmaHistory(NamedTuple):
-    """Statistics of each group; all arrays have the shape of the norms.
-
-    Attributes:
-      ema_clip_count: int32, norms accepted.
-      ema_clip_mean: running mean of the clipped norms; during the warm-up their minimum.
-      ema_clip_streak_count: int32, consecutive steps cut by more than a factor of 2.
-      ema_clip_streak_mean: mean of the incoming norms of these steps.
-    """
-
-    ema_clip_count: jax.Array
-    ema_clip_mean: jax.Array
-    ema_clip_streak_count: jax.Array
-    ema_clip_streak_mean: jax.Array
-
-
-class ClipByEmaState(NamedTuple):
-    """State of :func:`clip_by_ema`: 12 bytes and 16 for each group.
-
-    Attributes:
-      ema_clip_steps: int32, finite steps seen.
-      ema_clip_total: int32, steps in which at least one group was clipped.
-      ema_clip_last_scale: float32, smallest factor applied in the last finite step.
-      ema_clip_history: a :class:`EmaHistory`, or one for each leaf with scope "unit" or a
-        callable.
-    """
-
-    ema_clip_steps: jax.Array
-    ema_clip_total: jax.Array
-    ema_clip_last_scale: jax.Array
-    ema_clip_history: Any
 
 
 def clip_by_ema(
@@ -93,8 +59,8 @@ def clip_by_ema(
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. All
       statistics are float32 (float64 for float64 leaves). Under ``optax.inject_hyperparams`` pass
-      ``static_args=("warmup_steps", "rebaseline_after")``. Cost: one read of the updates; 16
-      bytes of state for each array.
+      ``static_args=("warmup_steps", "rebaseline_after")``. Cost: one read of the updates; 20
+      bytes of state, and 20 for each group.
 
     Raises:
       ValueError: if an argument is out of range, or ``scope`` unknown.
@@ -124,15 +90,14 @@ def clip_by_ema(
     check_axis_name(axis_name)
 
     def init(norms):
-        # Four buffers, since none can be donated twice.
-        dtypes = (jnp.int32, norms.dtype, jnp.int32, norms.dtype)
-        return EmaHistory(*(jnp.zeros(norms.shape, dtype) for dtype in dtypes))
+        zeros = jnp.zeros(norms.shape, norms.dtype)
+        return zeros.astype(jnp.int32), zeros, zero_moments(norms)
 
     def limit(norms, history, context):
         def threshold(value):
             return value_at(value, context.step, norms.dtype)
 
-        count, mean, streak_count, streak_mean = history
+        count, mean, streak = history
         is_warm = count >= warmup_steps
         most = threshold(warmup_max_norm)
         is_capped = context.global_norm > most
@@ -142,24 +107,16 @@ def clip_by_ema(
         clipped = jnp.minimum(norms, limits)
 
         streak, is_new_level = follow_shift(
-            Moments(streak_count, streak_mean, jnp.zeros_like(streak_mean)),
-            norms,
-            is_warm & (norms > 2 * clipped),
-            rebaseline_after,
+            streak, norms, is_warm & (norms > 2 * clipped), rebaseline_after
         )
         smallest = jnp.where(count > 0, jnp.minimum(mean, clipped), clipped)
         followed = moving_average(mean, clipped, threshold(1 - decay))
         restarted = jnp.where(is_new_level, streak.mean, followed)
-        return limits, EmaHistory(
-            ema_clip_count=increment(count),
-            ema_clip_mean=jnp.where(is_warm, restarted, smallest),
-            ema_clip_streak_count=jnp.where(is_new_level, 0, streak.count),
-            ema_clip_streak_mean=jnp.where(is_new_level, 0, streak.mean),
-        )
+        new_mean = jnp.where(is_warm, restarted, smallest)
+        return limits, (increment(count), new_mean, unless(is_new_level, streak))
 
     return limit_norms(
-        Rule(init, limit, needs_global_norm=True),
-        ClipByEmaState,
+        Rule(limit, init, needs_global_norm=True),
         name="clip_by_ema",
         scope=scope,
         axis_name=axis_name,

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_guard._core.arrays import increment, safe_ratio, times, tree_where
+from optax_guard._core.arrays import safe_ratio, times, tree_where
 from optax_guard._core.checks import check_number
 from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
+from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.statistics import corrected_weight, moving_average
+from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules.rule import value_at
 
-
-class ClipByMaxEmaState(NamedTuple):
-    """State of :func:`clip_by_max_ema`: 12 bytes and 8 for each float leaf.
-
-    Attributes:
-      max_ema_steps: int32, finite steps seen.
-      max_ema_clipped_total: int32, steps in which at least one element was clipped.
-      max_ema_last_scale: float32, smallest factor applied in the last finite step.
-      max_ema_count: int32 ``[leaves]``, steps in which the leaf was not all zero.
-      max_ema_value: ``[leaves]``, bias-corrected running mean of the largest absolute element.
-    """
-
-    max_ema_steps: jax.Array
-    max_ema_clipped_total: jax.Array
-    max_ema_last_scale: jax.Array
-    max_ema_count: jax.Array
-    max_ema_value: jax.Array
+_MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
 
 
 def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs:
@@ -60,8 +46,8 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. All
       statistics are float32 (float64 for float64 leaves). Cost: two reads of the updates, one
-      for the maximum and one for the sum that tells NaN (a maximum does not); 8 bytes of state
-      for each array.
+      for the maximum and one for the sum that tells NaN (a maximum does not); 20 bytes of state,
+      and 8 for each array.
 
     Raises:
       ValueError: if ``decay`` is outside [0, 1) or no scalar.
@@ -84,45 +70,44 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
     """
     check_number("decay", decay, maximum=1.0, open_maximum=True)
 
+    state_type = rule_state("clip_by_max_ema")
+
     def init(params):
         split = float_leaves(params)
         groups = make_groups("leaf", split.paths, split.arrays)
-        return ClipByMaxEmaState(
-            max_ema_steps=jnp.zeros((), jnp.int32),
-            max_ema_clipped_total=jnp.zeros((), jnp.int32),
-            max_ema_last_scale=jnp.ones((), jnp.float32),
-            max_ema_count=jnp.zeros((len(split.arrays),), jnp.int32),
-            max_ema_value=jnp.zeros((len(split.arrays),), groups.dtype),
-        )
+        # Counts, then means.
+        return start_counting(state_type, jnp.zeros((2, len(split.arrays)), groups.dtype))
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        split = float_leaves(updates)
+        del extra_args
+        require_state(state, state_type, "clip_by_max_ema")
+        count, mean = state.history
+        split = float_leaves(updates, params, count=len(count))
         groups = make_groups("leaf", split.paths, split.arrays)
-        is_finite = measure(split.arrays, groups, small_norms_matter=False).leaf_finite
+        measured = measure(
+            split.arrays, groups, is_used=split.is_present, small_norms_matter=False
+        )
+        is_finite = measured.leaf_finite
         largest = stack([_largest(leaf, groups.dtype) for leaf in split.arrays], groups.dtype)
         usable = is_finite & (largest > 0)
         largest = jnp.where(usable, largest, 1)
 
-        count = increment(state.max_ema_count)
-        weight = corrected_weight(value_at(1 - decay, count, groups.dtype), count)
-        means = moving_average(state.max_ema_value, largest, weight)
+        new_count = jnp.minimum(count + 1, _MOST_COUNTED)
+        weight = corrected_weight(value_at(1 - decay, state.steps, groups.dtype), new_count)
+        means = moving_average(mean, largest, weight)
         is_spike = usable & (largest > means)
         factors = jnp.where(is_spike, safe_ratio(means, largest), 1)
-        clipped_total = state.max_ema_clipped_total
-        new_state = ClipByMaxEmaState(
-            max_ema_steps=increment(state.max_ema_steps),
-            max_ema_clipped_total=jnp.where(
-                jnp.any(is_spike), increment(clipped_total), clipped_total
-            ),
-            max_ema_last_scale=lax.stop_gradient(jnp.min(factors, initial=1)).astype(jnp.float32),
-            max_ema_count=jnp.where(usable, count, state.max_ema_count),
-            max_ema_value=jnp.where(usable, means, state.max_ema_value),
+        history = jnp.stack([new_count, means])
+        new_state = count_step(
+            state,
+            is_cut=jnp.any(is_spike),
+            scale=jnp.min(factors, initial=1),
+            history=jnp.where(usable, history, state.history),
         )
         arrays = _cut(split.arrays, is_spike, means, factors)
         return split.replace(arrays), tree_where(jnp.all(is_finite), new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _largest(leaf: jax.Array, dtype: Any) -> jax.Array:

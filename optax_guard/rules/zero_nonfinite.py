@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,32 @@ import optax
 
 from optax_guard._core.arrays import increment
 from optax_guard._core.checks import check_choice
+from optax_guard._core.states import Entry, PackedState
+from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves
 
 
-class ZeroNonfiniteState(NamedTuple):
-    """State of :func:`zero_nonfinite`: 12 bytes and one for each float leaf.
+class _ZeroArrays(NamedTuple):
+    integers: Any
+
+
+class ZeroNonfiniteState(PackedState, _ZeroArrays):
+    """State of :func:`zero_nonfinite`: 12 bytes and 4 for each float leaf.
 
     Attributes:
-      zeroing_steps: int32, calls so far.
-      zeroed_steps_total: int32, calls in which something was zeroed.
-      zeroed_elements_total: int32, elements zeroed so far, saturating.
-      last_zeroed_leaves: bool ``[float leaves]``, where the last call zeroed something.
+      integers: int32, packed.
     """
 
-    zeroing_steps: jax.Array
-    zeroed_steps_total: jax.Array
-    zeroed_elements_total: jax.Array
-    last_zeroed_leaves: jax.Array
+    __slots__ = ()
+    steps = Entry("integers", "int32, calls so far")
+    zeroed_steps_total = Entry("integers", "int32, calls in which something was zeroed")
+    zeroed_elements_total = Entry("integers", "int32, elements zeroed so far, saturating")
+    last_zeroed_leaves = Entry(
+        "integers",
+        "bool ``[float leaves]``, where the last call zeroed something",
+        where=lambda state: slice(3, None),
+        read=lambda state, stored: stored != 0,
+    )
 
 
 def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExtraArgs:
@@ -66,17 +75,18 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
 
     def init(params):
         num_leaves = len(float_leaves(params).arrays)
-        # One buffer for each field: a buffer cannot be donated twice.
-        return ZeroNonfiniteState(
-            zeroing_steps=jnp.zeros((), jnp.int32),
-            zeroed_steps_total=jnp.zeros((), jnp.int32),
-            zeroed_elements_total=jnp.zeros((), jnp.int32),
+        return ZeroNonfiniteState.pack(
+            steps=0,
+            zeroed_steps_total=0,
+            zeroed_elements_total=0,
             last_zeroed_leaves=jnp.zeros((num_leaves,), jnp.bool_),
         )
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        split = float_leaves(updates)
+        del extra_args
+        require_state(state, ZeroNonfiniteState, "zero_nonfinite")
+        count = state.last_zeroed_leaves.shape[-1]
+        split = float_leaves(updates, params, count=count)
         arrays, counts = [], []
         for leaf in split.arrays:
             is_bad = ~jnp.isfinite(leaf)
@@ -87,7 +97,7 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
         per_leaf = jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)
         return split.replace(arrays), _record(state, per_leaf)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _record(state: ZeroNonfiniteState, per_leaf: jax.Array) -> ZeroNonfiniteState:
@@ -95,8 +105,8 @@ def _record(state: ZeroNonfiniteState, per_leaf: jax.Array) -> ZeroNonfiniteStat
     total = state.zeroed_elements_total
     for_all = jnp.sum(per_leaf, dtype=jnp.int32)
     is_any = for_all > 0
-    return ZeroNonfiniteState(
-        zeroing_steps=increment(state.zeroing_steps),
+    return ZeroNonfiniteState.pack(
+        steps=increment(state.steps),
         zeroed_steps_total=jnp.where(
             is_any, increment(state.zeroed_steps_total), state.zeroed_steps_total
         ),

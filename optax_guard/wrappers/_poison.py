@@ -21,20 +21,34 @@ class Watched(NamedTuple):
     is_suspicious: jax.Array
 
 
-def find_poison(gradients: Sequence[jax.Array], watched: Watched) -> jax.Array:
-    return any_nonfinite(
-        gradients, watched.initially_nonfinite, watched.inner_state, watched.params
-    )
+class LookIf(NamedTuple):
+    """Looks for a poison. Hashable, so that it can be a static argument.
+
+    Attributes:
+      shapes: of the gradients, by which parameters and their moments are matched.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __call__(
+        self, leaves: Sequence[jax.Array], watched: Watched, is_bad: jax.Array
+    ) -> jax.Array:
+        """``[1]``: 1 if there is a poison on this device."""
+        del leaves
+        return self.if_bad(watched, is_bad).reshape(1)
+
+    def if_bad(self, watched: Watched, is_bad: jax.Array) -> jax.Array:
+        """Whether there is a poison on this device; looks only if something is bad here."""
+        return lax.cond(is_bad | watched.is_suspicious, self.find, _find_nothing, watched)
+
+    def find(self, watched: Watched) -> jax.Array:
+        """Whether there is one."""
+        return any_nonfinite(
+            self.shapes, watched.initially_nonfinite, watched.inner_state, watched.params
+        )
 
 
-def _find_nothing(gradients: Sequence[jax.Array], watched: Watched) -> jax.Array:
-    """False, of the mesh axes that ``find_poison`` varies over: it looks at no element."""
-    del gradients
+def _find_nothing(watched: Watched) -> jax.Array:
+    """False, of the mesh axes that ``find`` varies over: it looks at no element."""
     nothing = [leaf.reshape(-1)[:0] for leaf in (*watched.params, *watched.inner_state)]
     return jnp.any(stack_flags([is_nonfinite(leaf) for leaf in nothing]))
-
-
-def look_if(gradients: Sequence[jax.Array], watched: Watched, is_bad: jax.Array) -> jax.Array:
-    """Whether there is a poison on this device; looks for it only if something is bad here."""
-    is_due = is_bad | watched.is_suspicious
-    return lax.cond(is_due, find_poison, _find_nothing, list(gradients), watched)

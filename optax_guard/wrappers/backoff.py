@@ -12,6 +12,8 @@ from optax_guard._core.arrays import times
 from optax_guard._core.checks import check_count, check_number, check_transformation
 from optax_guard._core.find import states_of_type
 from optax_guard._core.inner import tolerant_update
+from optax_guard._core.states import Entry, PackedState
+from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves, strong
 from optax_guard.wrappers._verdict import require_guard, verdict
 from optax_guard.wrappers.rollback import RollbackState
@@ -19,18 +21,24 @@ from optax_guard.wrappers.rollback import RollbackState
 _MOST_SKIPS = 20  # remembered, so that hundreds of skips do not take forever to come back from
 
 
-class BackoffState(NamedTuple):
+class _BackoffArrays(NamedTuple):
+    inner_state: Any
+    integers: Any
+    numbers: Any
+
+
+class BackoffState(PackedState, _BackoffArrays):
     """State of :func:`backoff`: that of the wrapped guard, and 8 bytes.
 
     Attributes:
       inner_state: state of the wrapped guard.
-      backoff_factor: float32, what the next update will be multiplied by.
-      backoff_steps_left: int32, healthy steps until that is 1 again.
+      integers: int32, packed.
+      numbers: float32, packed.
     """
 
-    inner_state: Any
-    backoff_factor: jax.Array
-    backoff_steps_left: jax.Array
+    __slots__ = ()
+    steps_left = Entry("integers", "int32, healthy steps until the factor is 1 again")
+    factor = Entry("numbers", "float32, what the next update will be multiplied by")
 
 
 def backoff(
@@ -108,11 +116,7 @@ def backoff(
                 "backoff(rollback(...)) would shrink the update that returns to the snapshot. "
                 "Write og.rollback(og.backoff(og.guard(optimizer)))."
             )
-        return BackoffState(
-            inner_state=inner_state,
-            backoff_factor=jnp.ones((), jnp.float32),
-            backoff_steps_left=jnp.zeros((), jnp.int32),
-        )
+        return BackoffState.pack(inner_state=inner_state, steps_left=0, factor=1.0)
 
     def factor_after(steps_left):
         share = steps_left.astype(jnp.float32) / recovery_steps
@@ -120,15 +124,18 @@ def backoff(
         return jnp.where(steps_left == 0, 1, power).astype(jnp.float32)
 
     def update(updates, state, params=None, **extra_args):
+        require_state(state, BackoffState, "backoff")
         updates, inner_state = inner_update(updates, state.inner_state, params, **extra_args)
-        scale = factor_after(state.backoff_steps_left)
+        scale = factor_after(state.steps_left)
         split = float_leaves(updates)
         scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
 
         is_skipped, is_healthy = verdict(state.inner_state, inner_state)
-        left, most = state.backoff_steps_left, _MOST_SKIPS * recovery_steps
+        left, most = state.steps_left, _MOST_SKIPS * recovery_steps
         more = jnp.where(left > most - recovery_steps, most, left + recovery_steps)
         left = jnp.where(is_skipped, more, jnp.where(is_healthy, jnp.maximum(left - 1, 0), left))
-        return scaled, BackoffState(inner_state, factor_after(left), left)
+        return scaled, BackoffState.pack(
+            inner_state=inner_state, steps_left=left, factor=factor_after(left)
+        )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -12,81 +12,126 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import (
-    increment,
     is_partitioned,
+    promote,
+    replicated,
     root_sum_square,
     safe_ratio,
     times,
     tree_where,
 )
+from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes, resolve_axes_at_init
 from optax_guard._core.checks import (
     check_axis_name,
+    check_callable,
     check_count,
     check_number,
     check_transformation,
 )
-from optax_guard._core.groups import make_groups, stack
+from optax_guard._core.groups import Groups, Stacked, make_groups
 from optax_guard._core.inner import gradient_like, tolerant_update
-from optax_guard._core.measure import AxisName, measure, psum
+from optax_guard._core.measure import measure
 from optax_guard._core.rescale import Scaling, rescale
-from optax_guard._core.statistics import FirstNorms, add_to_first, no_first_norms
-from optax_guard._core.trees import float_leaves, strong
+from optax_guard._core.states import Entry, PackedState, counted
+from optax_guard._core.statistics import (
+    FirstNorms,
+    add_to_first,
+    add_to_window,
+    no_first_norms,
+    percentile_of,
+)
+from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.trees import FloatLeaves, float_leaves, strong
 
 _DISTRUST = 0.1  # power of the excess by which a gradient far beyond the limit is cut shorter still
 _EARLY_STEPS = 3  # the median of as many norms is a usual one, whichever of them is wrong
 _LONGEST_PROBE = 1e12
+_NUM_RECENT, _FEWEST_RECENT = 100, 50
+_HARMLESS = 0.06  # part of max_ratio up to which no gradient is touched
+_GROSS = 60.0  # times the usual limit beyond which a gradient counts for less and less
 
 
-class UpdateRatioHistory(NamedTuple):
-    """The first gradient norms.
+class _UpdateRatioArrays(NamedTuple):
+    inner_state: Any
+    integers: Any
+    numbers: Any
+
+
+_NUM_SCALARS = 5
+_NUM_FIXED = _NUM_SCALARS + _NUM_RECENT
+
+
+def _num_rows(state: Any) -> int:
+    """Rows of the norms of weights: the vector ends with the first norms, whose number it tells."""
+    return jax.tree.leaves(state.integers)[0].shape[-1] - _NUM_INTEGERS
+
+
+_NUM_INTEGERS = 4
+
+
+class ClipByUpdateRatioState(PackedState, _UpdateRatioArrays):
+    """State of :func:`clip_by_update_ratio`: the optimizer's, and two arrays.
 
     Attributes:
-      update_ratio_norm_count: int32, norms let in so far, at most ``warmup_steps``.
-      update_ratio_first_norms: ``[warmup_steps]``, these norms.
-      update_ratio_median: their median; constant once all have come.
+      inner_state: state of the wrapped optimizer.
+      integers: int32, packed.
+      numbers: float32, packed.
     """
 
-    update_ratio_norm_count: jax.Array
-    update_ratio_first_norms: jax.Array
-    update_ratio_median: jax.Array
+    __slots__ = ()
 
-
-class ClipByUpdateRatioState(NamedTuple):
-    """State of :func:`clip_by_update_ratio`: the optimizer's and 424 + 8 * leaves bytes.
-
-    Attributes:
-      update_ratio_inner: state of the wrapped optimizer.
-      update_ratio_steps: int32, finite steps seen.
-      update_ratio_clipped_total: int32, steps in which the gradients were scaled down.
-      update_ratio_last_scale: float32, factor applied in the last finite step.
-      update_ratio_response: float32, by how much the weights changed, relative to their norms, for
-        a gradient of which every array is as long as its weights; with plain SGD the learning
-        rate. 0: not known yet.
-      update_ratio_initial_norms: float32 ``[float leaves]``, norms of the weights at ``init``; 0
-        for the arrays that do not count.
-      update_ratio_weight_norms: float32 ``[float leaves]``, the larger of these norms and those
-        measured last.
-      update_ratio_history: an :class:`UpdateRatioHistory`.
-    """
-
-    update_ratio_inner: Any
-    update_ratio_steps: jax.Array
-    update_ratio_clipped_total: jax.Array
-    update_ratio_last_scale: jax.Array
-    update_ratio_response: jax.Array
-    update_ratio_initial_norms: jax.Array
-    update_ratio_weight_norms: jax.Array
-    update_ratio_history: UpdateRatioHistory
+    steps = Entry("integers", "int32, finite steps seen")
+    clipped_total = Entry("integers", "int32, steps in which the gradients were scaled down")
+    first_count = Entry("integers", "int32, norms in ``first_norms``")
+    recent_count = Entry("integers", "int32, limits in ``recent_norms``; stays within [100, 200)")
+    is_weight = Entry(
+        "integers",
+        "bool ``[rows]``, whether the array counts",
+        where=lambda state: slice(_NUM_INTEGERS, None),
+        read=lambda state, stored: stored != 0,
+    )
+    last_scale = Entry("numbers", "factor applied in the last finite step")
+    recent_clip_rate = Entry("numbers", "share of steps cut, over about the last 100")
+    recent_scale = Entry("numbers", "mean factor, over about the last 100 steps")
+    response = Entry(
+        "numbers",
+        "by how much the weights changed, relative to their norms, for a gradient of which every "
+        "array is as long as its weights; with plain SGD the learning rate. 0: not known yet",
+    )
+    first_median = Entry("numbers", "median of the first norms; constant once all have come")
+    recent_norms = Entry(
+        "numbers",
+        "``[100]``, the last norms as they were after the cut",
+        where=lambda state: slice(_NUM_SCALARS, _NUM_FIXED),
+    )
+    initial_norms = Entry(
+        "numbers",
+        "``[rows]``, norms of the weights at ``init``; 0 for arrays that do not count",
+        where=lambda state: slice(_NUM_FIXED, _NUM_FIXED + _num_rows(state)),
+    )
+    weight_norms = Entry(
+        "numbers",
+        "``[rows]``, the larger of these and those measured last",
+        where=lambda state: slice(
+            _NUM_FIXED + _num_rows(state), _NUM_FIXED + 2 * _num_rows(state)
+        ),
+    )
+    first_norms = Entry(
+        "numbers",
+        "``[warmup_steps]``, the first norms",
+        where=lambda state: slice(_NUM_FIXED + 2 * _num_rows(state), None),
+    )
 
 
 def clip_by_update_ratio(
     optimizer: optax.GradientTransformation,
     *,
-    max_ratio: Any = 0.03,
+    max_ratio: Any = 0.05,
     median_ratio: Any = 3.0,
     max_norm: Any = 1.0,
     warmup_steps: int = 100,
     measure_every: int = 100,
+    stacked: Stacked = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales gradients down so that no step changes the weights by more than a small part of them.
@@ -96,25 +141,31 @@ def clip_by_update_ratio(
 
         q(x)     =  sqrt(sum over l of (|x_l| / max(|theta_l at init|, |theta_l|))**2)
         response =  q(update(g) - update(0)) / q(g)     how strongly the optimizer answers
-        r        =  max_ratio / (response * q(g))       what max_ratio allows, over the norm
-        median   =  median of the first `warmup_steps` norms n, or of those so far, n included
-        g        <- g * min(1, median_ratio * median / n, r * min(1, r)**0.1)
+        r(c)     =  c / (response * q(g))               what a change by c allows, over the norm
+        usual    =  min(median of the first `warmup_steps` norms n, n included,
+                        median of the last 100 limits, once there are 50)
+        m        =  max(median_ratio * usual, n * r(0.06 * max_ratio))
+        m        <- m * min(1, 60 m / n)                after the first 50 norms
+        g        <- g * min(1, m / n, r(max_ratio) * min(1, r(max_ratio))**0.1)
         n        <= max_norm, too, in the first 3 steps
 
-    ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are
-    usual in this run; it is frozen after ``warmup_steps`` and so cannot follow an explosion. The
-    second knows when a step is too large for the weights that it meets. It needs no history, so
-    that the very first step is bounded, and no choice of units: multiplying the loss by 64 and
-    dividing the learning rate by 64 changes nothing, other than for a limit on the norm. What
-    goes far beyond it is trusted a little less, by the power 0.1. The third limit is for
-    optimizers that a single enormous first gradient would leave with enormous second moments.
+    ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are usual
+    in this run and were so lately, as they were after the cut, so that it cannot follow an
+    explosion; but a gradient that changes the weights by 0.06 of `max_ratio` or less is never
+    touched, however much norms have risen. Far beyond that limit it falls again, so that a gross
+    outlier counts for next to nothing. The second knows when a step is too large for the weights
+    that it meets. It needs no history, so that the very first step is bounded, and no choice of
+    units: multiplying the loss by 64 and dividing the learning rate by 64 changes nothing, other
+    than for a limit on the norm. What goes far beyond it is trusted a little less, by the power 0.1.
+    The last limit is for optimizers that a single enormous first gradient would leave with
+    enormous second moments.
 
     The response is measured by evaluating ``optimizer`` twice more, once without a gradient, in
     steps 0, 1, 2, 4, 8, ... and in every ``measure_every``-th, each time with the norms of the
     weights. For plain SGD it is the learning rate, with momentum and weight decay too, since
     these answer as well where there is no gradient. It follows schedules at this pace. While it
-    is zero (a warm-up that begins at zero) the second limit is off. Where no array counts (a
-    linear model that starts at zero), ``max_norm`` takes its place.
+    is zero (a warm-up that begins at zero), or where no array counts (parameters all of rank 0 and
+    1, or zero at ``init``), only the first limit is left.
 
     With Adam and other optimizers that divide by the size of gradients, only the direction of a
     clipped step counts; the limits keep long gradients out of the moments.
@@ -124,10 +175,11 @@ def clip_by_update_ratio(
       max_ratio: scalar in (0, inf), largest change of the weights in one step, relative to their
         norm, root sum square over the arrays; that of a gradient alone, without momentum.
       median_ratio: scalar in (0, inf], in units of the median norm.
-      max_norm: scalar in (0, inf], limit on the norm in the first 3 steps; in all, for parameters
-        that are all of rank 0 and 1, or zero at ``init``.
+      max_norm: scalar in (0, inf], limit on the norm in the first 3 steps, where arrays count.
       warmup_steps: static integer >= 1.
       measure_every: static integer >= 1.
+      stacked: ``(path, leaf) -> bool | int``, which arrays stack layers along axis 0, or along how
+        many leading axes; each layer then counts as an array. None: none does.
       axis_name: mesh axes over which gradients and parameters are sharded inside ``shard_map``.
 
     Returns:
@@ -138,14 +190,15 @@ def clip_by_update_ratio(
       response counts as a constant in derivatives. Under ``optax.inject_hyperparams`` let the
       factory make the optimizer:
       ``inject_hyperparams(lambda max_ratio: clip_by_update_ratio(sgd, max_ratio=max_ratio))``.
-      To accumulate gradients, write ``optax.MultiSteps(clip_by_update_ratio(...), k)``. An array
-      that stacks layers (for ``lax.scan``) counts as one.
+      To accumulate gradients, write ``optax.MultiSteps(clip_by_update_ratio(...), k)``; the other
+      way round is refused by ``init``.
       Cost: one read of the gradients, which a guard around it shares; in the steps that measure
       two more evaluations of ``optimizer`` (in all steps under ``vmap``), which make compiling
-      longer; 424 bytes of state, 8 more for each array.
+      longer; 840 bytes of state, 8 more for each array.
 
     Raises:
-      ValueError: if a number is not positive, NaN or no scalar, or a count is out of range.
+      ValueError: if a number is not positive, NaN or no scalar, or a count is out of range; from
+        ``init``, around ``optax.MultiSteps``.
       TypeError: if an argument has the wrong type.
 
     Example:
@@ -172,139 +225,226 @@ def clip_by_update_ratio(
     check_number("max_norm", max_norm, open_minimum=True)
     check_count("warmup_steps", warmup_steps)
     check_count("measure_every", measure_every)
+    check_callable("stacked", stacked, "(path, leaf) -> bool | int", optional=True)
     check_axis_name(axis_name)
     inner_update = tolerant_update(optimizer)
 
+    def groups_of(split):
+        return make_groups("global", split.paths, split.arrays, stacked=stacked)
+
     def init(params):
         split = float_leaves(gradient_like(params))
-        groups = make_groups("global", split.paths, split.arrays)
-        norms = _initial_norms(split.arrays, axis_name)
-        return ClipByUpdateRatioState(
-            update_ratio_inner=jax.tree.map(strong, optimizer.init(params)),
-            update_ratio_steps=jnp.zeros((), jnp.int32),
-            update_ratio_clipped_total=jnp.zeros((), jnp.int32),
-            update_ratio_last_scale=jnp.ones((), jnp.float32),
-            update_ratio_response=jnp.zeros((), jnp.float32),
-            update_ratio_initial_norms=norms,
-            update_ratio_weight_norms=jnp.array(norms),  # a buffer of its own, for donation
-            update_ratio_history=UpdateRatioHistory(
-                *no_first_norms(groups.blocks[0], warmup_steps)
-            ),
+        groups = groups_of(split)
+        norms = _initial_norms(split, groups, axis_name)
+        inner_state = jax.tree.map(strong, optimizer.init(params))
+        _refuse_multi_steps(inner_state)
+        first = no_first_norms(groups.blocks[0], warmup_steps)
+        return ClipByUpdateRatioState.pack(
+            inner_state=inner_state,
+            steps=0,
+            clipped_total=0,
+            first_count=0,
+            recent_count=0,
+            is_weight=norms > 0,
+            last_scale=1.0,
+            recent_clip_rate=0.0,
+            recent_scale=1.0,
+            response=0.0,
+            first_median=first.median,
+            recent_norms=jnp.zeros((_NUM_RECENT,), groups.dtype),
+            initial_norms=norms,
+            weight_norms=norms,
+            first_norms=first.values,
         )
 
     def update(updates, state, params=None, **extra_args):
-        split = float_leaves(updates)
-        groups = make_groups("global", split.paths, split.arrays)
-        measured = measure(split.arrays, groups, axis_name=axis_name, small_norms_matter=False)
+        require_state(state, ClipByUpdateRatioState, "clip_by_update_ratio")
+        split = float_leaves(updates, gradient_like(params), count=_num_rows(state))
+        axes = resolve_axes(axis_name, split.paths, split.arrays)
+        groups = groups_of(split)
+        measured = measure(
+            split.arrays,
+            groups,
+            axes=axes,
+            is_used=split.is_present,
+            small_norms_matter=False,
+        )
         (norm,), is_finite = measured.norms, jnp.all(measured.leaf_finite)
         is_usable = is_finite & (norm > 0)
         safe_norm = jnp.where(is_usable, norm, 1)
 
-        first = FirstNorms(*state.update_ratio_history)
+        first = FirstNorms(state.first_count, state.first_norms, state.first_median)
         first = tree_where(is_usable, add_to_first(first, safe_norm), first)
-        median_limit = jnp.asarray(median_ratio, norm.dtype) * first.median
+        usual = _usual_norm(first, state)
+        median_limit = jnp.asarray(median_ratio, norm.dtype) * usual
 
         # As long a gradient as the first limit lets through, and one whose squares fit float32.
         scale = jnp.minimum(1, safe_ratio(jnp.minimum(median_limit, _LONGEST_PROBE), safe_norm))
-        step = state.update_ratio_steps
-        is_power_of_two = (step & (step - 1)) == 0  # and 0
-        is_due = is_usable & (is_power_of_two | (step % measure_every == 0))
+        is_power_of_two = (state.steps & (state.steps - 1)) == 0  # and 0
+        is_due = is_usable & (is_power_of_two | (state.steps % measure_every == 0))
+        probe = _Probe(inner_update, extra_args, groups, axes)
         sums = lax.cond(
             is_due,
-            lambda *operands: _probe(inner_update, extra_args, *operands),
-            _no_probe,
-            *lax.stop_gradient((updates, scale, state.update_ratio_inner, params)),
+            probe.squared_sums,
+            probe.nothing,
+            *lax.stop_gradient((updates, scale, state.inner_state, params)),
         )
         leaf_norms = jnp.where(is_finite, measured.leaf_norms, 0)
         response, weight_norms = _response(
-            jnp.sqrt(psum(sums, axis_name)), lax.stop_gradient(leaf_norms * scale), is_due, state
+            jnp.sqrt(axes.psum(sums)), lax.stop_gradient(leaf_norms * scale), is_due, state
         )
-        ratio_limit = _ratio_limit(max_ratio, response, norm, leaf_norms, weight_norms)
-        has_weights = jnp.any(weight_norms > 0)
-        limit = jnp.minimum(median_limit, jnp.where(has_weights, ratio_limit, max_norm))
-        limit = jnp.where(first.count <= _EARLY_STEPS, jnp.minimum(limit, max_norm), limit)
+
+        def ratio_limit(change):
+            return _ratio_limit(change, response, norm, leaf_norms, weight_norms)
+
+        ceiling = ratio_limit(max_ratio)
+        floor = ratio_limit(jnp.asarray(max_ratio) * _HARMLESS)
+        median_limit = jnp.maximum(median_limit, jnp.where(jnp.isfinite(floor), floor, 0))
+        shrinking = jnp.minimum(1, safe_ratio(_GROSS * median_limit, safe_norm))
+        median_limit *= jnp.where(first.count > _FEWEST_RECENT, shrinking, 1)
+        limit = jnp.minimum(median_limit, ceiling)
+        is_early = (first.count <= _EARLY_STEPS) & jnp.any(state.is_weight)
+        limit = jnp.where(is_early, jnp.minimum(limit, max_norm), limit)
         limit = jnp.minimum(limit, safe_norm).astype(norm.dtype)
         is_over = is_usable & (safe_norm > limit)
         scaling = Scaling((norm,), measured.scaled, (limit,), (is_over,))
         clipped = split.replace(rescale(split.arrays, scaling, groups))
-        new_updates, inner_state = inner_update(
-            clipped, state.update_ratio_inner, params, **extra_args
+        new_updates, inner_state = inner_update(clipped, state.inner_state, params, **extra_args)
+
+        recent = (state.recent_norms, state.recent_count)
+        entered = add_to_window(*recent, lax.stop_gradient(limit).astype(recent[0].dtype))
+        recent_norms, recent_count = tree_where(is_usable, entered, recent)
+        new_state = ClipByUpdateRatioState.pack(
+            **counted(state, is_over, jnp.where(is_over, limit / safe_norm, 1)),
+            inner_state=(),
+            first_count=first.count,
+            recent_count=recent_count,
+            is_weight=state.is_weight,
+            response=response,
+            first_median=first.median,
+            recent_norms=recent_norms,
+            initial_norms=state.initial_norms,
+            weight_norms=weight_norms,
+            first_norms=first.values,
+        )
+        new_state = tree_where(is_finite, new_state, state._replace(inner_state=()))
+        return new_updates, new_state._replace(inner_state=inner_state)
+
+    return transformation(init, update)
+
+
+def _refuse_multi_steps(inner_state: Any) -> None:
+    """Its updates are zero but for the last of a window, so they tell no response."""
+
+    def is_accumulating(node):
+        return isinstance(node, optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(inner_state, is_leaf=is_accumulating)
+    if any(map(is_accumulating, nodes)):
+        raise ValueError(
+            "clip_by_update_ratio, the default clip of stabilize, cannot see what optax.MultiSteps "
+            "will do with a micro-batch. Write optax.MultiSteps(og.stabilize(optimizer), k) instead "
+            "of og.stabilize(optax.MultiSteps(optimizer, k)), and "
+            "should_skip_update_fn=og.skip_microbatch to leave out bad micro-batches."
         )
 
-        total = state.update_ratio_clipped_total
-        factor = lax.stop_gradient(jnp.where(is_over, limit / safe_norm, 1))
-        new_state = ClipByUpdateRatioState(
-            update_ratio_inner=(),
-            update_ratio_steps=increment(step),
-            update_ratio_clipped_total=jnp.where(is_over, increment(total), total),
-            update_ratio_last_scale=factor.astype(jnp.float32),
-            update_ratio_response=response,
-            update_ratio_initial_norms=state.update_ratio_initial_norms,
-            update_ratio_weight_norms=weight_norms,
-            update_ratio_history=UpdateRatioHistory(*first),
-        )
-        new_state = tree_where(is_finite, new_state, state._replace(update_ratio_inner=()))
-        return new_updates, new_state._replace(update_ratio_inner=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def _usual_norm(first: FirstNorms, state: ClipByUpdateRatioState) -> jax.Array:
+    """The smaller of two medians: that of the first norms, and that of the last limits."""
+    count = state.recent_count
+    recent = percentile_of(state.recent_norms, jnp.maximum(count, 1), 50)
+    recent = jnp.where(count >= _FEWEST_RECENT, recent, jnp.inf)
+    return jnp.minimum(first.median, lax.stop_gradient(recent).astype(first.median.dtype))
 
 
-def _initial_norms(leaves: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
+def _initial_norms(split: FloatLeaves, groups: Groups, axis_name: AxisName) -> jax.Array:
     """Norms of matrices and tensors; 0 for the others, whose size says nothing about their step."""
-    groups = make_groups("global", [], leaves)
-    try:
-        norms = measure(leaves, groups, axis_name=axis_name).leaf_norms
-    except NameError:  # JAX: the axis is unbound, ``init`` was called outside of shard_map
-        norms = measure(leaves, groups).leaf_norms
-    is_weight = np.array([leaf.ndim >= 2 for leaf in leaves], np.bool_)
+    is_weight = np.repeat(_count_as_weights(groups), groups.rows)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in split.arrays):
+        return jnp.zeros(is_weight.shape, jnp.float32)
+    axes = resolve_axes_at_init(axis_name, split.paths, split.arrays)
+    norms = measure(split.arrays, groups, axes=axes).leaf_norms
     return jnp.where(is_weight & jnp.isfinite(norms), norms, 0)
 
 
-def _probe(update, extra_args, gradients, scale, inner_state, params) -> jax.Array:
-    """Squared sums of what this gradient alone adds to the update, and of the parameters.
-
-    The response of an optimizer with momentum or weight decay to no gradient is subtracted.
-
-    Returns:
-      float32 ``[leaves, 2]``; on each device those of its own shards.
-    """
-    split = float_leaves(gradients)
-    scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
-    zeros = [jnp.zeros_like(leaf) for leaf in split.arrays]
-    moved, _ = update(scaled, inner_state, params, **extra_args)
-    resting, _ = update(split.replace(zeros), inner_state, params, **extra_args)
-    moved, resting = (float_leaves(gradient_like(tree)).arrays for tree in (moved, resting))
-    weights = zeros if params is None else split.matching(gradient_like(params))
-    sums = [_squared_sums(*arrays) for arrays in zip(moved, resting, weights, strict=True)]
-    return stack(sums, jnp.float32).reshape(-1, 2) + _varying_zero(
-        (gradients, scale, inner_state, params)
-    )
+def _count_as_weights(groups: Groups) -> np.ndarray:
+    """For each leaf whether a layer of it is a matrix or more."""
+    pairs = zip(groups.shapes, groups.depths, strict=True)
+    return np.array([len(shape) - depth >= 2 for shape, depth in pairs], np.bool_)
 
 
-def _no_probe(gradients, scale, inner_state, params) -> jax.Array:
-    zero = _varying_zero((gradients, scale, inner_state, params))
-    return jnp.broadcast_to(zero, (len(float_leaves(gradients).arrays), 2))
+class _Probe(NamedTuple):
+    """Evaluates the optimizer to see how strongly it answers to a gradient."""
+
+    update: Any
+    extra_args: dict[str, Any]
+    groups: Groups
+    axes: MeshAxes
+
+    def squared_sums(self, gradients, scale, inner_state, params) -> jax.Array:
+        """Of what this gradient alone adds to the update, and of the parameters.
+
+        The response of an optimizer with momentum or weight decay to no gradient is subtracted.
+
+        Returns:
+          float32 ``[rows, 2]``; on each device those of its own shards.
+        """
+        # Without the barriers XLA:GPU turns the branch into a select, and evaluates it always.
+        gradients, params = jax.tree.map(_barrier, (gradients, params))
+        split = float_leaves(gradients, gradient_like(params))
+        scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
+        zeros = [jnp.zeros_like(leaf) for leaf in split.arrays]
+        moved, _ = self.update(scaled, inner_state, params, **self.extra_args)
+        resting, _ = self.update(split.replace(zeros), inner_state, params, **self.extra_args)
+        moved, resting = (split.matching(gradient_like(tree)) for tree in (moved, resting))
+        weights = zeros if params is None else split.matching(gradient_like(params))
+        rows = self._rows(list(map(_change, moved, resting)), weights)
+        return self._varying(rows)
+
+    def nothing(self, gradients, scale, inner_state, params) -> jax.Array:
+        """Zeros of the same type."""
+        del gradients, scale, inner_state, params
+        return self._varying(jnp.zeros((sum(self.groups.rows), 2), jnp.float32))
+
+    def _rows(self, changes: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
+        counts = _count_as_weights(self.groups)
+        parts = [jnp.zeros((0, 2), jnp.float32)]
+        for i, (change, weight) in enumerate(zip(changes, weights, strict=True)):
+            zeros = jnp.zeros((self.groups.rows[i], 2), jnp.float32)
+            depth = self.groups.depths[i]
+            parts.append(_squared_sums(change, weight, depth) if counts[i] else zeros)
+        parts = [parts[0], *self.axes.count_once(parts[1:])]
+        return jnp.concatenate(parts)
+
+    def _varying(self, rows: jax.Array) -> jax.Array:
+        """The same over all named axes, for the types of ``shard_map``."""
+        for name in self.axes.names:
+            rows = rows + 0.0 * lax.axis_index(name).astype(rows.dtype)
+        return rows
 
 
-def _varying_zero(tree: Any) -> jax.Array:
-    """0, varying over the mesh axes over which an array of ``tree`` does."""
-    leaves = float_leaves(tree).arrays
-    return sum((jnp.sum(_squares(leaf.reshape(-1)[:0])) for leaf in leaves), jnp.zeros(()))
+def _barrier(leaf: Any) -> Any:
+    is_array = isinstance(leaf, jax.Array) and leaf.dtype != jax.dtypes.float0
+    return lax.optimization_barrier(leaf) if is_array else leaf
 
 
-def _squared_sums(moved: jax.Array, resting: jax.Array, weights: jax.Array) -> jax.Array:
-    """Of ``moved - resting`` and of ``weights``; zeros for arrays that do not count.
+def _change(moved: jax.Array, resting: jax.Array) -> jax.Array:
+    wide = promote(moved.dtype, jnp.float32)
+    return moved.astype(wide) - resting.astype(wide)
+
+
+def _squared_sums(change: jax.Array, weights: jax.Array, depth: int) -> jax.Array:
+    """Those of both, for each layer of a stack: float32 ``[layers, 2]``.
 
     Both in one reduction, because XLA on CPU writes an array as large as ``weights`` to memory for
     two separate ones. It adds one by one in float32: first within rows, so that the rounding does
     not pile up. Split along the rows, its partial sums would be gathered; the separate ones are
     all-reduced.
     """
-    if weights.ndim < 2:
-        return jnp.zeros((2,), jnp.float32)
-    change = moved.astype(jnp.promote_types(moved.dtype, jnp.float32)) - resting
+    rest = tuple(range(depth, weights.ndim))
     if is_partitioned(weights):
-        return jnp.stack([jnp.sum(_squares(change)), jnp.sum(_squares(weights))])
+        sums = [jnp.sum(_squares(leaf), axis=rest) for leaf in (change, weights)]
+        return jnp.stack([replicated(part).reshape(-1) for part in sums], axis=-1)
     zero = jnp.zeros((), jnp.float32)
     rows = lax.reduce(
         (_squares(change), _squares(weights)),
@@ -312,7 +452,7 @@ def _squared_sums(moved: jax.Array, resting: jax.Array, weights: jax.Array) -> j
         lambda total, term: (total[0] + term[0], total[1] + term[1]),
         (weights.ndim - 1,),
     )
-    return jnp.stack([jnp.sum(row) for row in rows])
+    return jnp.stack([jnp.sum(row, axis=rest[:-1]).reshape(-1) for row in rows], axis=-1)
 
 
 def _squares(leaf: jax.Array) -> jax.Array:
@@ -322,15 +462,15 @@ def _squares(leaf: jax.Array) -> jax.Array:
 def _response(norms, gradient_norms, is_due, state) -> tuple[jax.Array, jax.Array]:
     """Response and weight norms after this step, as they were where nothing was measured."""
     change_norms, weight_norms = norms.T
-    initial = state.update_ratio_initial_norms
+    initial = state.initial_norms
     is_new = is_due & (initial > 0) & jnp.isfinite(weight_norms)
     weight_norms = jnp.where(
-        is_new, jnp.maximum(initial, weight_norms), state.update_ratio_weight_norms
+        is_new, jnp.maximum(initial, weight_norms), state.weight_norms
     )
     change = root_sum_square(safe_ratio(change_norms, weight_norms))
     response = safe_ratio(change, root_sum_square(safe_ratio(gradient_norms, weight_norms)))
     is_new = is_due & jnp.isfinite(response)
-    return jnp.where(is_new, response, state.update_ratio_response), weight_norms
+    return jnp.where(is_new, response, state.response), weight_norms
 
 
 def _ratio_limit(max_ratio, response, norm, leaf_norms, weight_norms) -> jax.Array:

@@ -2,28 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_guard._core.arrays import increment, safe_sqrt
+from optax_guard._core.arrays import increment, safe_sqrt, tree_where
 from optax_guard._core.checks import check_choice, check_count, check_number
+from optax_guard._core.states import Entry, PackedState
 
 
 class Condition(NamedTuple):
     """A rule that says which finite steps to skip.
 
     Attributes:
+      name: how reports call it.
       init: makes its state, a NamedTuple of arrays.
       judge: ``(grad_norm, value, state) -> (skip, new_state)``, where both numbers are finite and
         ``value`` is None when ``update`` was called without it. The guard keeps ``new_state`` if
         the step is accepted, or skipped by this condition.
+      needs_value: whether ``update`` must be called with ``value=``, the loss.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> negative = og.Condition(
+      ...     "negative loss", lambda: (), lambda norm, value, state: (value < 0, state), True
+      ... )
+      >>> tx = og.guard(optax.sgd(1.0), skip_if=negative)
+      >>> _, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=-1.0)
+      >>> print(og.explain(state).splitlines()[0])
+      Step 1 was skipped: a skip_if condition rejected the step: negative loss (reason 8).
     """
 
+    name: str
     init: Callable[[], Any]
     judge: Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
+    needs_value: bool = False
+
+
+def check_conditions(skip_if: Any) -> tuple[Condition, ...]:
+    """``skip_if`` as a tuple."""
+    conditions = (skip_if,) if isinstance(skip_if, Condition) else skip_if
+    if not isinstance(conditions, (tuple, list)) or not all(
+        isinstance(condition, Condition) for condition in conditions
+    ):
+        raise TypeError(
+            "skip_if must be a condition such as og.spike() or og.norm_above(10.0), "
+            f"or a tuple of them, got {skip_if!r}."
+        )
+    return tuple(conditions)
+
+
+def condition_keys(conditions: Sequence[Condition]) -> list[str]:
+    """Under which the guard keeps their states, in the order of ``skip_if``."""
+    return [f"{place:02d} {condition.name}" for place, condition in enumerate(conditions)]
+
+
+def judge_conditions(
+    conditions: Sequence[Condition],
+    is_finite: jax.Array,
+    bad_proposal: jax.Array,
+    grad_norm: jax.Array,
+    value: jax.Array | None,
+    states: dict[str, Any],
+    extra_args: dict[str, Any],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Which condition is the first to reject a finite step (-1: none), and the states after it."""
+    safe_norm = jnp.where(is_finite, grad_norm, 0)
+    safe_value = None if value is None else jnp.where(is_finite, value, 0)
+    first, judged = jnp.full((), -1, jnp.int32), []
+    if sorted(states) != sorted(keys := condition_keys(conditions)):
+        raise TypeError(
+            f"This state is of another transformation: a guard with the conditions {sorted(states)}, "
+            f"where skip_if gives {keys}. Make a new one with init(params), and carry the old one "
+            "over with og.adopt(new_tx.init(params), old_state)."
+        )
+    for place, (condition, key) in enumerate(zip(conditions, keys, strict=True)):
+        state = states[key]
+        if condition.needs_value and value is None:
+            raise ValueError(_missing_value(condition.name, extra_args))
+        rejects, new_state = condition.judge(safe_norm, safe_value, state)
+        rejects = rejects & is_finite
+        first = jnp.where((first < 0) & rejects, place, first).astype(jnp.int32)
+        judged.append((key, rejects, new_state, state))
+    is_accepted = is_finite & (first < 0) & ~bad_proposal
+    return first, {
+        key: tree_where(is_accepted | rejects, new, old) for key, rejects, new, old in judged
+    }
+
+
+def _missing_value(name: str, extra_args: dict[str, Any]) -> str:
+    passed = ", ".join(f"{key}=" for key in extra_args if key != "value") or "no loss at all"
+    return (
+        f"The condition {name!r} judges the loss, but update() was called without value=; it got "
+        f"{passed}. Call update(grads, state, params, value=loss)."
+    )
 
 
 def norm_above(max_norm: Any) -> Condition:
@@ -52,21 +126,25 @@ def norm_above(max_norm: Any) -> Condition:
         del value
         return grad_norm > jnp.asarray(max_norm, grad_norm.dtype), state
 
-    return Condition(init=tuple, judge=judge)
+    return Condition("norm_above", tuple, judge)
 
 
-class SpikeState(NamedTuple):
+class _SpikeArrays(NamedTuple):
+    integers: Any
+    window: Any
+
+
+class SpikeState(PackedState, _SpikeArrays):
     """State of :func:`spike`: 4 bytes for each place in the window, and 8.
 
     Attributes:
-      spike_window: float32 ``[window]``, the last values, spikes winsorised to their limit.
-      spike_count: int32, values entered so far.
-      spike_rejected_in_a_row: int32.
+      integers: int32 ``[2]``, packed.
+      window: float32 ``[window]``, the last values, spikes winsorised to their limit.
     """
 
-    spike_window: jax.Array
-    spike_count: jax.Array
-    spike_rejected_in_a_row: jax.Array
+    __slots__ = ()
+    count = Entry("integers", "int32, values entered; stays within [window, 2 * window)")
+    rejected_in_a_row = Entry("integers", "int32, finite values rejected since the last accepted")
 
 
 def spike(
@@ -92,7 +170,7 @@ def spike(
     Args:
       sigma: scalar in [0, inf), standard deviations above the mean that are let through.
       of: ``"grad_norm"`` (global, before any clipping) or ``"value"``, the loss that ``update``
-        receives as ``value=``; without it the condition never skips.
+        must then receive as ``value=``.
       window: static integer >= 1.
       min_history: static integer in [1, window]; None for ``window // 2`` (at least 1).
       rebaseline_after: static integer >= 1, or None to skip for as long as it takes.
@@ -132,16 +210,13 @@ def spike(
         raise ValueError(f"min_history must be at most window = {window}, got {min_history}.")
 
     def init():
-        # Two buffers for the two counts: one cannot be donated twice.
-        counts = (jnp.zeros((), jnp.int32) for _ in range(2))
-        return SpikeState(jnp.zeros((window,), jnp.float32), *counts)
+        zeros = jnp.zeros((window,), jnp.float32)
+        return SpikeState.pack(window=zeros, count=0, rejected_in_a_row=0)
 
     def judge(grad_norm, value, state):
         observed = grad_norm if of == "grad_norm" else value
-        if observed is None:
-            return jnp.asarray(False), state
         observed = jnp.asarray(observed).astype(jnp.float32)
-        values, count, rejected = state
+        values, count, rejected = state.window, state.count, state.rejected_in_a_row
         limit = _limit(values, count, jnp.float32(sigma), jnp.float32(min_std_ratio))
         is_spike = (count >= min_history) & (observed > limit)
         is_new_level = jnp.asarray(False)
@@ -151,13 +226,14 @@ def spike(
         count = jnp.where(is_new_level, 0, count)
         place = jnp.arange(window) == count % window
         entered = jnp.where(skip, limit, observed)
-        return skip, SpikeState(
-            spike_window=jnp.where(place, entered, values),
-            spike_count=_next_count(count, window),
-            spike_rejected_in_a_row=jnp.where(skip, increment(rejected), 0),
+        return skip, SpikeState.pack(
+            window=jnp.where(place, entered, values),
+            count=_next_count(count, window),
+            rejected_in_a_row=jnp.where(skip, increment(rejected), 0),
         )
 
-    return Condition(init, judge)
+    name = "spike" if of == "grad_norm" else "spike of the loss"
+    return Condition(name, init, judge, needs_value=of == "value")
 
 
 def _next_count(count: jax.Array, window: int) -> jax.Array:
@@ -174,7 +250,7 @@ def _limit(
     values = jnp.where(is_filled, values, 0)
     scale = jnp.max(jnp.abs(values))
     scale = jnp.where(scale > 0, scale, 1)
-    number = jnp.maximum(jnp.sum(is_filled), 1)
+    number = jnp.maximum(jnp.sum(is_filled), 1).astype(values.dtype)
     relative = values / scale
     mean = jnp.sum(relative) / number
     deviations = jnp.where(is_filled, relative - mean, 0)

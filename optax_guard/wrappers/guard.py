@@ -2,76 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from optax_guard._core.arrays import increment, tree_where
-from optax_guard._core.checks import check_axis_name, check_count, check_flag, check_transformation
-from optax_guard._core.find import factory_name, is_wrapper_state, own_states
-from optax_guard._core.finite import (
-    any_nonfinite,
-    inexact_leaves,
-    is_nonfinite,
-    stack_flags,
+from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes, resolve_axes_at_init
+from optax_guard._core.checks import (
+    check_axis_name,
+    check_callable,
+    check_count,
+    check_flag,
+    check_transformation,
 )
+from optax_guard._core.find import factory_name, is_wrapper_state, own_states
+from optax_guard._core.finite import any_nonfinite, is_nonfinite, stack_flags
+from optax_guard._core.groups import Groups, Stacked, make_groups
 from optax_guard._core.inner import gradient_like, tolerant_update
-from optax_guard._core.interpret import Proposal, evaluate, measure_gradients, propose, run
-from optax_guard._core.measure import AxisName, psum
-from optax_guard._core.trees import float_leaves, strong
-from optax_guard.wrappers._poison import Watched, find_poison, look_if
-from optax_guard.wrappers.conditions import Condition
+from optax_guard._core.interpret import (
+    Proposal,
+    Reader,
+    Reading,
+    evaluate,
+    make_reader,
+    propose,
+    run,
+)
+from optax_guard._core.measure import MeasureCall
+from optax_guard._core.states import Entry, PackedState, flag, norm
+from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.trees import FloatLeaves, float_leaves, inexact_leaves, strong
+from optax_guard.wrappers._poison import LookIf, Watched
+from optax_guard.wrappers.conditions import (
+    Condition,
+    check_conditions,
+    condition_keys,
+    judge_conditions,
+)
+from optax_guard.wrappers.reasons import SkipReason
 
-GRADIENT = 1
-LOSS_VALUE = 2
-PROPOSAL = 4
-CONDITION = 8
-ALREADY_NONFINITE = 16
+_RELOOK = 128  # steps after which a norm of zero is looked at again, whether it is one
+_BAD, _UNUSED, _DEPTH = 1, 2, 4  # what the flags of a row are made of
 
 
-class GuardState(NamedTuple):
-    """State of :func:`guard`: that of the wrapped optimizer, and 40 + 10 * leaves bytes.
+class _GuardArrays(NamedTuple):
+    inner_state: Any
+    integers: Any
+    numbers: Any
+    condition_states: Any
+
+
+def _rows(state: Any, start: int, number: int) -> slice:
+    count = (np.shape(jax.tree.leaves(state.numbers)[0])[-1] - 1) // 2
+    return slice(start + number * count, start + (number + 1) * count)
+
+
+_NUM_COUNTERS = 10
+
+
+class GuardState(PackedState, _GuardArrays):
+    """State of :func:`guard`: that of the wrapped optimizer, and two arrays.
+
+    They take 44 bytes, 12 for each row (float leaf, or layer of a stacked one), and 4 for each float
+    leaf of parameters and inner state.
 
     Attributes:
       inner_state: state of the wrapped optimizer.
-      guard_step: int32, calls so far, skipped ones included.
-      skipped_total: int32.
-      skipped_in_a_row: int32.
-      last_step_skipped: bool.
-      skip_reason: int32 bit mask of the last call: 0 accepted, 1 gradient, 2 loss value, 4
-        proposed update or state, 8 condition, 16 parameters or state were already non-finite.
-      gave_up: bool, latched by too many skips in a row or by reason 16.
-      grad_norm: float32, global norm of the last call's gradients, before any clipping.
-      leaf_norms: float32 ``[float leaves]``, norms of the leaves in order; one below about 1e-19
-        reads as 0 beside larger ones.
-      last_fault_step: int32, the ``guard_step`` that counted the last skipped call; 0 for none.
-      last_fault_reason: int32 bit mask.
-      last_fault_leaves: bool ``[float leaves]``, which gradients were non-finite then.
-      last_fault_norms: float32 ``[float leaves]``, norms of the leaves then.
-      initially_nonfinite: bool ``[float leaves of inner_state]``, fields that ``init`` filled
-        with non-finite numbers, such as a best loss of +inf; they never count as a fault.
-      condition_states: one state for each condition of ``skip_if``.
+      integers: int32, packed.
+      numbers: float32, packed.
+      condition_states: ``{"place name": state}`` of each condition in ``skip_if``.
     """
 
-    inner_state: Any
-    guard_step: jax.Array
-    skipped_total: jax.Array
-    skipped_in_a_row: jax.Array
-    last_step_skipped: jax.Array
-    skip_reason: jax.Array
-    gave_up: jax.Array
-    grad_norm: jax.Array
-    leaf_norms: jax.Array
-    last_fault_step: jax.Array
-    last_fault_reason: jax.Array
-    last_fault_leaves: jax.Array
-    last_fault_norms: jax.Array
-    initially_nonfinite: jax.Array
-    condition_states: tuple[Any, ...]
+    __slots__ = ()
+
+    guard_step = Entry("integers", "int32, calls so far, skipped ones included")
+    skipped_total = Entry("integers", "int32, skipped calls so far")
+    skipped_in_a_row = Entry("integers", "int32, skipped calls since the last accepted one")
+    last_step_skipped = flag("integers", "bool, whether the last call was skipped")
+    skip_reason = Entry("integers", "int32, bits of the last call's :class:`SkipReason`")
+    skip_condition = Entry(
+        "integers", "int32, which of ``skip_if`` was the first to reject the last call; -1: none"
+    )
+    gave_up = flag("integers", "bool, latched by too many skips in a row, or by reason 16")
+    last_fault_step = Entry("integers", "int32, ``guard_step`` at the last skip; 0: none yet")
+    last_fault_reason = Entry("integers", "int32, reason of the last skip")
+    last_fault_condition = Entry("integers", "int32, ``skip_condition`` of the last skip")
+    row_flags = Entry(
+        "integers",
+        "int32 ``[rows]``: 1 non-finite at the last fault, 2 unused, 4 times the depth of a stack",
+        where=lambda state: _rows(state, _NUM_COUNTERS, 0),
+    )
+    initially_nonfinite = Entry(
+        "integers",
+        "bool for each float leaf of inner state and parameters: not finite at ``init``, such as "
+        "a best loss of +inf or a mask of -inf; it never counts as a fault",
+        where=lambda state: slice(_rows(state, _NUM_COUNTERS, 1).start, None),
+        read=lambda state, stored: stored != 0,
+    )
+    grad_norm = norm("numbers", "float32, global norm of the last gradients, before any clip")
+    leaf_norms = norm(
+        "numbers",
+        "float32 ``[rows]``, norms of the last gradients, leaf by leaf in order, or layer by "
+        "layer where a leaf stacks layers; 0 for those that are unused",
+        where=lambda state: _rows(state, 1, 0),
+    )
+    last_fault_norms = norm(
+        "numbers",
+        "float32 ``[rows]``, the same at the last skip",
+        where=lambda state: _rows(state, 1, 1),
+    )
+
+    @property
+    def last_fault_leaves(self) -> Any:
+        """Bool ``[rows]``, which gradients were non-finite at the last fault."""
+        return (self.row_flags & _BAD) != 0
+
+    @property
+    def unused_leaves(self) -> Any:
+        """Bool ``[rows]``, which gradients reach no output of the wrapped optimizer."""
+        return (self.row_flags & _UNUSED) != 0
+
+    @property
+    def stack_depths(self) -> Any:
+        """int32 ``[rows]``, along how many leading axes the row's array stacks layers."""
+        return self.row_flags // _DEPTH
 
 
 def guard(
@@ -80,6 +139,8 @@ def guard(
     skip_if: Condition | Sequence[Condition] = (),
     max_consecutive_skips: int | None = 100,
     check_update: bool = False,
+    stacked: Stacked = None,
+    notify: Callable[[int, SkipReason, tuple[str, ...]], Any] | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips every step that would make parameters or optimizer state non-finite.
@@ -115,6 +176,11 @@ def guard(
         (Adam's eps underflows in float16, a schedule returns NaN, lr * g overflows). Costs one
         more evaluation of ``inner`` and one more reduction. Off by default: then such poison is
         found one step later, as reason 16.
+      stacked: ``(path, leaf) -> bool | int``, which arrays stack layers along axis 0, or along how
+        many leading axes (``lax.scan``, ``nn.scan``, pipeline stages). Their norms are kept, and
+        faults named, layer by layer: ``layers/kernel[3]``. None: none does.
+      notify: ``(step, reason, names of the non-finite rows) -> None``, called on the host at a skip,
+        for trainers that hide the optimizer's state. A healthy step calls nothing.
       axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
         all devices then take the same decision, in one all-reduce. Reason 16 is then looked for
         where gradients are non-finite, and on all devices in the step after. Not needed under
@@ -150,126 +216,263 @@ def guard(
     check_transformation("inner", inner)
     check_count("max_consecutive_skips", max_consecutive_skips, optional=True)
     check_flag("check_update", check_update)
+    check_callable("stacked", stacked, "(path, leaf) -> bool | int", optional=True)
+    check_callable("notify", notify, "(step, reason, names) -> None", optional=True)
     check_axis_name(axis_name)
-    conditions = _check_conditions(skip_if)
+    conditions = check_conditions(skip_if)
     inner_update = tolerant_update(inner)
 
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
         _check_nesting(inner_state)
-        num_leaves = len(float_leaves(gradient_like(params)).arrays)
-
-        def zeros(dtype, *shape):  # a new buffer each time: none can be donated twice
-            return jnp.zeros(shape, dtype)
-
-        return GuardState(
+        split = float_leaves(gradient_like(params))
+        groups = make_groups("global", split.paths, split.arrays, stacked=stacked)
+        zeros = jnp.zeros((sum(groups.rows),), jnp.float32)
+        return GuardState.pack(
             inner_state=inner_state,
-            guard_step=zeros(jnp.int32),
-            skipped_total=zeros(jnp.int32),
-            skipped_in_a_row=zeros(jnp.int32),
-            last_step_skipped=zeros(jnp.bool_),
-            skip_reason=zeros(jnp.int32),
-            gave_up=zeros(jnp.bool_),
-            grad_norm=zeros(jnp.float32),
-            leaf_norms=zeros(jnp.float32, num_leaves),
-            last_fault_step=zeros(jnp.int32),
-            last_fault_reason=zeros(jnp.int32),
-            last_fault_leaves=zeros(jnp.bool_, num_leaves),
-            last_fault_norms=zeros(jnp.float32, num_leaves),
-            initially_nonfinite=_nonfinite_at_init(inner_state, axis_name),
-            condition_states=tuple(condition.init() for condition in conditions),
+            guard_step=0,
+            skipped_total=0,
+            skipped_in_a_row=0,
+            last_step_skipped=False,
+            skip_reason=0,
+            skip_condition=-1,
+            gave_up=False,
+            last_fault_step=0,
+            last_fault_reason=0,
+            last_fault_condition=-1,
+            row_flags=_DEPTH * np.repeat(np.asarray(groups.depths, np.int32), groups.rows),
+            initially_nonfinite=_nonfinite_now((inner_state, params), split, axis_name),
+            grad_norm=0.0,
+            leaf_norms=zeros,
+            last_fault_norms=zeros,
+            condition_states={
+                key: condition.init()
+                for key, condition in zip(condition_keys(conditions), conditions, strict=True)
+            },
         )
 
     def update(updates, state, params=None, **extra_args):
-        proposal = propose(inner_update, updates, state.inner_state, params, extra_args)
-        watched = _watch(params, state, extra_args.get("value"))
-        grad_norm, leaf_norms, leaf_finite, alarm, known = measure_gradients(
-            proposal, axis_name, look_if, watched
-        )
-        value = _shared_value(extra_args.get("value"), axis_name)
-        bad_value = jnp.asarray(False) if value is None else ~jnp.isfinite(value)
-        is_finite = jnp.all(leaf_finite) & ~bad_value
-        bad_proposal, bad_updates = jnp.asarray(False), None
-        if check_update:
-            bad_proposal, bad_updates, late_alarm = _judge_proposal(
-                proposal, is_finite, watched, axis_name
-            )
-            alarm = None if alarm is None else alarm | late_alarm
+        require_state(state, GuardState, "guard")
+        value = _checked_value(extra_args.get("value"))
+        num_rows = _rows(state, 0, 0).stop
+        gradients = float_leaves(updates, gradient_like(params), count=num_rows)
+        axes = resolve_axes(axis_name, gradients.paths, gradients.arrays, also={"value=": value})
+        value = None if value is None else axes.mean(value)
 
-        rejected, condition_states = _judge_conditions(
-            conditions, is_finite, bad_proposal, grad_norm, value, state.condition_states
-        )
-        bad_proposal &= is_finite
-        ok = is_finite & ~bad_proposal & ~rejected
-        if alarm is None:
-            # ``ok`` passes through the branch, so that XLA looks at the old state before it
-            # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
-            gradients = inexact_leaves(updates)
-            ok, alarm = lax.cond(
-                ok,
-                lambda *_: (jnp.asarray(True), jnp.asarray(False)),
-                lambda *operands: (jnp.asarray(False), find_poison(*operands)),
-                gradients,
-                watched,
-            )
-        was_poisoned = alarm & (~is_finite | bad_proposal)
-        reason = _bits(
-            (GRADIENT, ~jnp.all(leaf_finite)),
-            (LOSS_VALUE, bad_value),
-            (PROPOSAL, bad_proposal),
-            (CONDITION, rejected),
-            (ALREADY_NONFINITE, was_poisoned),
-        )
-        new_updates, inner_state = run(proposal, ok, known)
-        fault_leaves = ~leaf_finite
-        if bad_updates is not None and bad_updates.shape == fault_leaves.shape:
-            fault_leaves |= bad_updates & bad_proposal
-        new_state = _record(
-            state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states
-        )
+        proposal = propose(inner_update, gradients, state.inner_state, params, extra_args)
+        case = _Case(proposal, gradients, axes, state, params, value)
+        reader, reading = _read(case, stacked)
+        groups = reader.call.groups
+        verdict = _judge(case, reading, groups, conditions, check_update, extra_args)
+        new_updates, inner_state = run(proposal, verdict.ok, reader, reading)
+        new_state = _record(state, inner_state, reading, verdict, reader.call)
+        if notify is not None:
+            _notify(notify, new_state, gradients, groups, axes)
         return new_updates, new_state
 
-    def _record(state, inner_state, reason, grad_norm, leaf_norms, fault_leaves, condition_states):
-        skipped = reason > 0
+    def _record(state, inner_state, reading, verdict, call):
+        skipped = verdict.reason > 0
         in_a_row = jnp.where(skipped, increment(state.skipped_in_a_row), 0)
-        gave_up = state.gave_up | ((reason & ALREADY_NONFINITE) > 0)
+        gave_up = state.gave_up | ((verdict.reason & SkipReason.ALREADY_NONFINITE) > 0)
         if max_consecutive_skips is not None:
             gave_up |= in_a_row >= max_consecutive_skips
         step = increment(state.guard_step)
-        recorded = state._replace(
+        fault = {
+            "last_fault_step": step,
+            "last_fault_reason": verdict.reason,
+            "last_fault_condition": verdict.condition,
+            "last_fault_norms": reading.leaf_norms,
+        }
+        before = {name: getattr(state, name) for name in fault}
+        is_bad = jnp.where(skipped, verdict.bad_rows, state.last_fault_leaves)
+        return GuardState.pack(
             inner_state=inner_state,
             guard_step=step,
             skipped_total=jnp.where(skipped, increment(state.skipped_total), state.skipped_total),
             skipped_in_a_row=in_a_row,
             last_step_skipped=skipped,
-            skip_reason=reason,
+            skip_reason=verdict.reason,
+            skip_condition=verdict.condition,
             gave_up=gave_up,
-            grad_norm=grad_norm.astype(jnp.float32),
-            leaf_norms=leaf_norms,
-            condition_states=condition_states,
+            row_flags=is_bad.astype(jnp.int32) * _BAD + _static_flags(call),
+            initially_nonfinite=state.initially_nonfinite,
+            grad_norm=reading.norm.astype(jnp.float32),
+            leaf_norms=reading.leaf_norms,
+            condition_states=verdict.condition_states,
+            **tree_where(skipped, fault, before),
         )
-        fault = {
-            "last_fault_step": step,
-            "last_fault_reason": reason,
-            "last_fault_leaves": fault_leaves,
-            "last_fault_norms": leaf_norms,
-        }
-        before = {name: getattr(state, name) for name in fault}
-        return recorded._replace(**tree_where(skipped, fault, before))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
-def _check_conditions(skip_if: Any) -> tuple[Condition, ...]:
-    conditions = (skip_if,) if isinstance(skip_if, Condition) else skip_if
-    if not isinstance(conditions, (tuple, list)) or not all(
-        isinstance(condition, Condition) for condition in conditions
-    ):
+class _Case(NamedTuple):
+    """What a step is judged by, besides its gradients.
+
+    Attributes:
+      proposal: what the optimizer would do.
+      gradients: of the step.
+      axes: mesh axes over which the gradients are sharded.
+      state: of the guard, before the step.
+      params: before the step, or None.
+      value: the loss, the mean over devices that each have their own; or None.
+    """
+
+    proposal: Proposal
+    gradients: FloatLeaves
+    axes: MeshAxes
+    state: GuardState
+    params: Any
+    value: jax.Array | None
+
+    @property
+    def watched(self) -> Watched:
+        # On many devices what is bad here may be fine elsewhere, where a poison sits. All of them
+        # look in the step after.
+        is_suspicious = self.state.last_step_skipped
+        if self.value is not None:
+            is_suspicious |= ~jnp.isfinite(self.value)
+        leaves = (inexact_leaves(self.params), inexact_leaves(self.state.inner_state))
+        return Watched(*leaves, self.state.initially_nonfinite, is_suspicious)
+
+    @property
+    def look(self) -> LookIf:
+        return LookIf(tuple(leaf.shape for leaf in self.gradients.arrays))
+
+
+class _Verdict(NamedTuple):
+    """What the guard decides.
+
+    Attributes:
+      ok: bool, whether the step is accepted.
+      reason: int32, bits of :class:`SkipReason`.
+      condition: int32, the first condition that rejects; -1 for none.
+      bad_rows: bool ``[rows]``, where the fault is.
+      condition_states: those that follow.
+    """
+
+    ok: jax.Array
+    reason: jax.Array
+    condition: jax.Array
+    bad_rows: jax.Array
+    condition_states: Any
+
+
+def _read(case: _Case, stacked: Stacked) -> tuple[Reader, Reading]:
+    """All that is known of the gradients, in one read and, on many devices, one collective."""
+    state = case.state
+    # A norm of zero is looked at again, for elements so small that their squares are zero, unless
+    # it was zero in the last step too.
+    is_due = (state.guard_step % _RELOOK) == 0
+    small_rows_matter = (state.leaf_norms != 0) | is_due
+    reader = make_reader(
+        case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look
+    )
+    watched = case.watched if case.axes.names else ()
+    return reader, reader.read(case.proposal.arguments, small_rows_matter, watched)
+
+
+def _judge(
+    case: _Case,
+    reading: Reading,
+    groups: Groups,
+    conditions: Sequence[Condition],
+    check_update: bool,
+    extra_args: dict[str, Any],
+) -> _Verdict:
+    """Whether to accept the step, and why not."""
+    alarm = None if reading.noted is None else reading.noted[0] > 0
+    bad_value = jnp.asarray(False) if case.value is None else ~jnp.isfinite(case.value)
+    is_finite = jnp.all(reading.leaf_finite) & ~bad_value
+    bad_proposal, bad_rows = jnp.asarray(False), ~reading.leaf_finite
+    if check_update:
+        bad_proposal, bad_updates, late_alarm = _judge_proposal(case, reading, is_finite)
+        alarm = None if alarm is None else alarm | late_alarm
+        bad_rows |= _as_rows(bad_updates & bad_proposal, groups, bad_rows)
+    rejecting, condition_states = judge_conditions(
+        conditions, is_finite, bad_proposal, reading.norm, case.value, case.state.condition_states,
+        extra_args,
+    )  # fmt: skip
+    rejected = rejecting >= 0
+    ok = is_finite & ~bad_proposal & ~rejected
+    if alarm is None:
+        # ``ok`` passes through the branch, so that XLA looks at the old state before it
+        # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
+        ok, alarm = lax.cond(
+            ok,
+            lambda _: (jnp.asarray(True), jnp.asarray(False)),
+            lambda watched: (jnp.asarray(False), case.look.find(watched)),
+            case.watched,
+        )
+    was_poisoned = alarm & (~is_finite | bad_proposal)
+    reason = _bits(
+        (SkipReason.GRADIENT, ~jnp.all(reading.leaf_finite)),
+        (SkipReason.LOSS_VALUE, bad_value),
+        (SkipReason.PROPOSAL, bad_proposal),
+        (SkipReason.CONDITION, rejected),
+        (SkipReason.ALREADY_NONFINITE, was_poisoned),
+    )
+    return _Verdict(ok, reason, rejecting, bad_rows, condition_states)
+
+
+def _judge_proposal(
+    case: _Case, reading: Reading, is_finite: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether finite inputs lead to non-finite ones, which updates, and the alarm if so."""
+    shapes, axes = case.look.shapes, case.axes
+    arguments = case.proposal.arguments
+
+    def judge(arguments):
+        updates, new_state = evaluate(case.proposal, arguments, reading)
+        bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
+        bad_state = any_nonfinite(shapes, case.state.initially_nonfinite, new_state)
+        return jnp.append(bad_updates, jnp.any(bad_updates) | bad_state)
+
+    if not axes.names:
+        # In a branch of its own XLA does not share what the real evaluation will compute again;
+        # it would write all of it to memory for that, and take twice the time.
+        nothing = jax.eval_shape(judge, arguments)
+        flags = lax.cond(is_finite, judge, lambda _: jnp.zeros_like(nothing), arguments)
+        return flags[-1] & is_finite, flags[:-1], jnp.asarray(False)
+    flags = judge(arguments)  # not under a branch: ``inner`` may hold collectives
+    alarm = case.look.if_bad(case.watched, jnp.any(flags))
+    flags = axes.any(jnp.append(flags, alarm))
+    return flags[-2] & is_finite, flags[:-2], flags[-1]
+
+
+def _as_rows(flags: jax.Array, groups: Groups, rows: jax.Array) -> jax.Array:
+    """Flags of the updates for the rows of the gradients, if the two belong together."""
+    counts = groups.rows
+    if flags.shape != (len(counts),):
+        return jnp.zeros_like(rows)
+    return jnp.repeat(flags, np.asarray(counts), total_repeat_length=rows.shape[0])
+
+
+def _static_flags(call: MeasureCall) -> np.ndarray:
+    """What of ``row_flags`` is known when the step is traced."""
+    flags = [
+        _UNUSED * (not is_used) + _DEPTH * depth
+        for is_used, depth in zip(call.is_used, call.groups.depths, strict=True)
+    ]
+    return np.repeat(np.asarray(flags, np.int32), call.groups.rows)
+
+
+def _checked_value(value: Any) -> jax.Array | None:
+    """The loss as an array.
+
+    Raises:
+      TypeError: if it is no real scalar.
+    """
+    if value is None:
+        return None
+    is_scalar = isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
+    if not is_scalar or np.shape(value) != () or jnp.iscomplexobj(value):
+        kind = f"an array of shape {np.shape(value)}" if is_scalar else type(value).__name__
         raise TypeError(
-            "skip_if must be a condition such as og.spike() or og.norm_above(10.0), "
-            f"or a tuple of them, got {skip_if!r}."
+            f"value= must be the loss, a real scalar, but is {kind}. Pass its mean, as in "
+            "update(grads, state, params, value=loss.mean()); of (loss, aux) only the loss."
         )
-    return tuple(conditions)
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
 
 
 def _check_nesting(inner_state: Any) -> None:
@@ -287,85 +490,43 @@ def _check_nesting(inner_state: Any) -> None:
 def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:
     total = jnp.zeros((), jnp.int32)
     for bit, holds in reasons:
-        total = total + jnp.where(holds, bit, 0).astype(jnp.int32)
+        total = total + jnp.where(holds, int(bit), 0).astype(jnp.int32)
     return total
 
 
-def _any_device(flag: jax.Array, axis_name: AxisName) -> jax.Array:
-    return flag if axis_name is None else psum(flag.astype(jnp.int32), axis_name) > 0
+def _nonfinite_now(tree: Any, split: FloatLeaves, axis_name: AxisName) -> jax.Array:
+    """Which leaves are non-finite, on any device if called inside the mesh."""
+    flags = [
+        jnp.asarray(False) if isinstance(leaf, jax.ShapeDtypeStruct) else is_nonfinite(leaf)
+        for leaf in inexact_leaves(tree)
+    ]
+    axes = resolve_axes_at_init(axis_name, split.paths, split.arrays)
+    return axes.any(stack_flags(flags))
 
 
-def _shared_value(value: Any, axis_name: AxisName) -> jax.Array | None:
-    """The loss, averaged over devices that each have their own; NaN on one is NaN on all."""
-    if value is None:
-        return None
-    value = jnp.mean(jnp.asarray(value))
-    return value if axis_name is None else lax.pmean(value, axis_name)
+def _notify(
+    notify: Callable[..., Any],
+    state: GuardState,
+    gradients: FloatLeaves,
+    groups: Groups,
+    axes: MeshAxes,
+) -> None:
+    """Calls ``notify`` on the host, on a skip only, and from one device."""
+    names = np.asarray(groups.row_names(gradients.paths), object)
 
+    def call(step, reason, flags):
+        if reason:  # under ``vmap`` every member gets here
+            found = tuple(names[np.asarray(flags)])
+            notify(int(step), SkipReason(int(reason)), found)
 
-def _nonfinite_at_init(inner_state: Any, axis_name: AxisName) -> jax.Array:
-    """Which fields ``init`` made non-finite, on any device if called inside the mesh."""
-    flags = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(inner_state)])
-    try:
-        return _any_device(flags, axis_name)
-    except NameError:  # JAX: the axis is unbound, ``init`` was called outside of shard_map
-        return flags
-
-
-def _watch(params: Any, state: GuardState, value: Any) -> Watched:
-    # On many devices what is bad here may be fine elsewhere, where a poison sits. All of them
-    # look in the step after.
-    is_suspicious = state.last_step_skipped
-    if value is not None:
-        is_suspicious |= ~jnp.all(jnp.isfinite(jnp.asarray(value)))
-    leaves = (inexact_leaves(params), inexact_leaves(state.inner_state))
-    return Watched(*leaves, state.initially_nonfinite, is_suspicious)
-
-
-def _judge_proposal(
-    proposal: Proposal, is_finite: jax.Array, watched: Watched, axis_name: AxisName
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether the proposed updates or state are non-finite, which updates, and the alarm if so."""
-    gradients = inexact_leaves([proposal.arguments[i] for i in proposal.gradients])
-
-    def judge(arguments):
-        updates, new_state = evaluate(proposal._replace(arguments=arguments))
-        bad_updates = stack_flags([is_nonfinite(leaf) for leaf in inexact_leaves(updates)])
-        bad_state = any_nonfinite(gradients, watched.initially_nonfinite, new_state)
-        return jnp.append(bad_updates, jnp.any(bad_updates) | bad_state)
-
-    if axis_name is None:
-        # In a branch of its own XLA does not share what the real evaluation will compute again;
-        # it would write all of it to memory for that, and take twice the time.
-        nothing = jax.eval_shape(judge, proposal.arguments)
-        flags = lax.cond(is_finite, judge, lambda _: jnp.zeros_like(nothing), proposal.arguments)
-        return flags[-1], flags[:-1], jnp.asarray(False)
-    flags = judge(proposal.arguments)  # not under a branch: ``inner`` may hold collectives
-    alarm = look_if(gradients, watched, jnp.any(flags))
-    flags = _any_device(jnp.append(flags, alarm), axis_name)
-    return flags[-2], flags[:-2], flags[-1]
-
-
-def _judge_conditions(
-    conditions: Sequence[Condition],
-    is_finite: jax.Array,
-    bad_proposal: jax.Array,
-    grad_norm: jax.Array,
-    value: Any,
-    states: tuple[Any, ...],
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Whether any condition rejects a finite step, and the states that follow."""
-    verdicts, proposed = [], []
-    safe_norm = jnp.where(is_finite, grad_norm, 0)
-    safe_value = None if value is None else jnp.where(is_finite, value, 0)
-    for condition, state in zip(conditions, states, strict=True):
-        rejects, new_state = condition.judge(safe_norm, safe_value, state)
-        verdicts.append(rejects & is_finite)
-        proposed.append(new_state)
-    any_rejects = jnp.any(stack_flags(verdicts)) if verdicts else jnp.asarray(False)
-    is_accepted = is_finite & ~any_rejects & ~bad_proposal
-    new_states = tuple(
-        tree_where(is_accepted | rejects, new, old)
-        for rejects, new, old in zip(verdicts, proposed, states, strict=True)
+    is_mine = jnp.asarray(True)
+    for name in axes.names:
+        is_mine &= lax.axis_index(name) == 0
+    lax.cond(
+        state.last_step_skipped & is_mine,
+        lambda *numbers: jax.debug.callback(call, *numbers),
+        lambda *numbers: None,
+        state.guard_step,
+        state.skip_reason,
+        state.last_fault_leaves,
     )
-    return any_rejects, new_states

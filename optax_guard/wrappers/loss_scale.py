@@ -10,7 +10,8 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from optax_guard._core.arrays import increment, times
+from optax_guard._core.arrays import increment, promote, times
+from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
 from optax_guard._core.checks import (
     check_axis_name,
     check_count,
@@ -18,33 +19,37 @@ from optax_guard._core.checks import (
     check_transformation,
 )
 from optax_guard._core.find import is_wrapper_state, states_of_type
-from optax_guard._core.inner import tolerant_update
-from optax_guard._core.interpret import measure_gradients, propose, run
-from optax_guard._core.measure import AxisName
+from optax_guard._core.inner import gradient_like, tolerant_update
+from optax_guard._core.interpret import Reading, make_reader, propose, run
+from optax_guard._core.states import Entry, PackedState, flag
+from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
 from optax_guard.wrappers.guard import GuardState
 
 _LARGEST_SCALE = 2.0**126  # its reciprocal is no subnormal float32
 
 
-class DynamicLossScaleState(NamedTuple):
-    """State of :func:`dynamic_loss_scale`: that of the wrapped optimizer, and 17 bytes.
+class _LossScaleArrays(NamedTuple):
+    inner_state: Any
+    integers: Any
+    numbers: Any
+
+
+class DynamicLossScaleState(PackedState, _LossScaleArrays):
+    """State of :func:`dynamic_loss_scale`: that of the wrapped optimizer, and 20 bytes.
 
     Attributes:
       inner_state: state of the wrapped optimizer.
-      loss_scale: float32, what the next loss is to be multiplied by.
-      loss_scale_good_steps: int32, finite steps since the scale last changed.
-      overflows_total: int32, steps whose gradients were non-finite.
-      overflows_in_a_row: int32.
-      last_step_overflowed: bool.
+      integers: int32, packed.
+      numbers: float32, packed.
     """
 
-    inner_state: Any
-    loss_scale: jax.Array
-    loss_scale_good_steps: jax.Array
-    overflows_total: jax.Array
-    overflows_in_a_row: jax.Array
-    last_step_overflowed: jax.Array
+    __slots__ = ()
+    good_steps = Entry("integers", "int32, finite steps since the scale last changed")
+    overflows_total = Entry("integers", "int32, steps whose gradients overflowed")
+    overflows_in_a_row = Entry("integers", "int32")
+    last_step_overflowed = flag("integers", "bool")
+    loss_scale = Entry("numbers", "float32, what the next loss is to be multiplied by")
 
 
 def dynamic_loss_scale(
@@ -83,7 +88,9 @@ def dynamic_loss_scale(
     inside, clip histories and the guard's counts included; :func:`step_ok` is false and
     ``overflows_total`` counts it. The guard sees true gradients and skips for its own reasons,
     which change no scale. A gradient that is non-finite at ``min_scale`` is no matter of scale:
-    it is handed on to the guard, which skips it, names the layer and gives up in time.
+    it is handed on to the guard, which skips it, names the layer and gives up in time; and so are
+    those of a step whose loss, passed as ``value=``, is non-finite: a fault of the batch, for which
+    the scale stays.
     ``guard(dynamic_loss_scale(...))`` would hide overflows from the scale, which then
     never fell; ``init`` of that guard raises. Put it outside of ``optax.MultiSteps``, too, which
     would add the overflow to its mean: ``dynamic_loss_scale(optax.MultiSteps(guard(...), 4))``.
@@ -140,47 +147,51 @@ def dynamic_loss_scale(
     inner_update = tolerant_update(inner)
 
     def init(params):
-        return DynamicLossScaleState(
+        return DynamicLossScaleState.pack(
             inner_state=jax.tree.map(strong, inner.init(_widen(params))),
-            loss_scale=jnp.array(initial_scale, jnp.float32),
-            loss_scale_good_steps=jnp.zeros((), jnp.int32),
-            overflows_total=jnp.zeros((), jnp.int32),
-            overflows_in_a_row=jnp.zeros((), jnp.int32),
-            last_step_overflowed=jnp.zeros((), jnp.bool_),
+            good_steps=0,
+            overflows_total=0,
+            overflows_in_a_row=0,
+            last_step_overflowed=False,
+            loss_scale=jnp.asarray(initial_scale, jnp.float32),
         )
 
     def update(updates, state, params=None, **extra_args):
+        require_state(state, DynamicLossScaleState, "dynamic_loss_scale")
         # No derivative with respect to the scale, which scale_loss has multiplied by: they cancel.
         inverse = lax.stop_gradient(1 / state.loss_scale)
-        split = float_leaves(_widen(updates))
+        split = float_leaves(_widen(updates), gradient_like(params))
+        axes = resolve_axes(axis_name, split.paths, split.arrays)
         unscaled = split.replace([times(leaf, inverse) for leaf in split.arrays])
-        proposal = propose(inner_update, unscaled, state.inner_state, _widen(params), extra_args)
-        norms = measure_gradients(proposal, axis_name)
-        # Through a branch, so that XLA does not repeat what led to it in the loop of every leaf.
-        is_finite = lax.cond(jnp.all(norms.leaf_finite), lambda: True, lambda: False)
-        is_for_inner = is_finite
-        if _is_guarded(state.inner_state):
-            is_for_inner |= state.loss_scale <= min_scale
-        new_updates, inner_state = run(proposal, is_for_inner, norms.known)
-        new_state = _record(state, is_finite)._replace(inner_state=inner_state)
+        gradients = float_leaves(unscaled, gradient_like(params))
+        proposal = propose(inner_update, gradients, state.inner_state, _widen(params), extra_args)
+        reader = make_reader(proposal, gradients, axes)
+        reading = reader.read(proposal.arguments)
+        is_finite, is_for_inner = _judge(
+            reading, extra_args.get("value"), state, axes, min_scale
+        )
+        new_updates, inner_state = run(proposal, is_for_inner, reader, reading)
+        new_state = _record(state, inner_state, is_finite, is_for_inner)
         return _narrow(new_updates, updates, params), new_state
 
-    def _record(state, is_finite):
-        good_steps = increment(state.loss_scale_good_steps)
+    def _record(state, inner_state, is_finite, is_for_inner):
+        has_overflowed = ~is_finite & ~(is_for_inner & (state.loss_scale > min_scale))
+        good_steps = jnp.where(is_finite, increment(state.good_steps), state.good_steps)
         has_grown = is_finite & (good_steps >= growth_interval)
         larger = jnp.minimum(state.loss_scale * factor, max_scale)
         smaller = jnp.maximum(state.loss_scale / factor, min_scale)
-        scale = jnp.where(has_grown, larger, jnp.where(is_finite, state.loss_scale, smaller))
+        scale = jnp.where(has_grown, larger, jnp.where(has_overflowed, smaller, state.loss_scale))
         total, in_a_row = state.overflows_total, state.overflows_in_a_row
-        return state._replace(
+        return DynamicLossScaleState.pack(
+            inner_state=inner_state,
+            good_steps=jnp.where(has_overflowed | has_grown, 0, good_steps),
+            overflows_total=jnp.where(has_overflowed, increment(total), total),
+            overflows_in_a_row=jnp.where(has_overflowed, increment(in_a_row), 0),
+            last_step_overflowed=has_overflowed,
             loss_scale=scale.astype(jnp.float32),
-            loss_scale_good_steps=jnp.where(is_finite & ~has_grown, good_steps, 0),
-            overflows_total=jnp.where(is_finite, total, increment(total)),
-            overflows_in_a_row=jnp.where(is_finite, 0, increment(in_a_row)),
-            last_step_overflowed=~is_finite,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
@@ -211,9 +222,28 @@ def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
             f"in the given {type(opt_state).__name__}. Wrap the optimizer once, in "
             "og.dynamic_loss_scale(...), and pass its state: og.scale_loss(loss, opt_state)."
         )
-    (scale,) = jax.tree.leaves(states[0].loss_scale)  # Flax may have wrapped it
+    scale = states[0].loss_scale
     loss = jnp.asarray(loss)
-    return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) * lax.stop_gradient(scale)
+    return loss.astype(promote(loss.dtype, jnp.float32)) * lax.stop_gradient(scale)
+
+
+def _judge(
+    reading: Reading, value: Any, state: DynamicLossScaleState, axes: MeshAxes, min_scale: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Whether the gradients are finite, and whether the step is for the optimizer inside.
+
+    A guard inside gets what no scale can mend: gradients that are non-finite at the smallest
+    scale, or beside a loss that is.
+    """
+    is_finite = jnp.all(reading.leaf_finite)
+    is_for_inner = is_finite
+    if _is_guarded(state.inner_state):
+        is_for_inner |= state.loss_scale <= min_scale
+        if value is not None:
+            is_for_inner |= axes.any(~jnp.isfinite(jnp.asarray(value)).all())
+    # Through a branch, so that XLA does not repeat what led to it in the loop of every leaf.
+    is_for_inner = lax.cond(is_for_inner, lambda: True, lambda: False)
+    return is_finite, is_for_inner
 
 
 def _check_bounds(min_scale: Any, initial_scale: Any, max_scale: Any) -> None:

@@ -7,25 +7,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard._core.axes import AxisName, resolve_axes
 from optax_guard._core.groups import make_groups
-from optax_guard._core.measure import AxisName, measure
+from optax_guard._core.measure import measure
+from optax_guard._core.states import Entry, PackedState, flag, norm
 from optax_guard._core.trees import float_leaves
 
 
-class SkipMicrobatchState(NamedTuple):
+class _MicrobatchArrays(NamedTuple):
+    integers: Any
+    numbers: Any
+
+
+class SkipMicrobatchState(PackedState, _MicrobatchArrays):
     """What :func:`skip_microbatch` saw of the last micro-batch; ``MultiStepsState.skip_state``.
 
     Attributes:
-      microbatch_skipped: bool, whether it was left out.
-      microbatch_norm: float32, global norm of its gradients; not finite if it was left out.
-      microbatch_leaf_norms: float32 ``[float leaves]``, norms of the leaves in order.
-      microbatch_bad_leaves: bool ``[float leaves]``, which of them were non-finite.
+      integers: int32, packed.
+      numbers: float32, packed.
     """
 
-    microbatch_skipped: jax.Array
-    microbatch_norm: jax.Array
-    microbatch_leaf_norms: jax.Array
-    microbatch_bad_leaves: jax.Array
+    __slots__ = ()
+    microbatch_skipped = flag("integers", "bool, whether it was left out")
+    microbatch_bad_leaves = Entry(
+        "integers",
+        "bool ``[float leaves]``, which of them were non-finite",
+        where=lambda state: slice(1, None),
+        read=lambda state, stored: stored != 0,
+    )
+    microbatch_norm = norm(
+        "numbers", "float32, global norm of its gradients; not finite if it was left out"
+    )
+    microbatch_leaf_norms = norm(
+        "numbers",
+        "float32 ``[float leaves]``, norms of the leaves in order",
+        where=lambda state: slice(1, None),
+    )
 
 
 def skip_microbatch(
@@ -85,11 +102,12 @@ def skip_microbatch(
     del gradient_step, params
     split = float_leaves(updates)
     groups = make_groups("global", split.paths, split.arrays)
-    measured = measure(split.arrays, groups, axis_name=axis_name)
+    axes = resolve_axes(axis_name, split.paths, split.arrays)
+    measured = measure(split.arrays, groups, axes=axes)
     should_skip = ~jnp.all(measured.leaf_finite)
-    return should_skip, SkipMicrobatchState(
+    return should_skip, SkipMicrobatchState.pack(
         microbatch_skipped=should_skip,
+        microbatch_bad_leaves=~measured.leaf_finite,
         microbatch_norm=measured.norm.astype(jnp.float32),
         microbatch_leaf_norms=measured.leaf_norms,
-        microbatch_bad_leaves=~measured.leaf_finite,
     )

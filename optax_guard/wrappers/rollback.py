@@ -10,37 +10,40 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import increment, update_towards
+from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
 from optax_guard._core.checks import check_axis_name, check_count, check_transformation
 from optax_guard._core.find import optimizer_part, with_optimizer_part
 from optax_guard._core.finite import is_nonfinite, stack_flags
 from optax_guard._core.inner import tolerant_update
-from optax_guard._core.measure import AxisName, psum
+from optax_guard._core.states import Entry, PackedState, flag
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
 from optax_guard.wrappers._verdict import require_guard, verdict
 
 
-class RollbackState(NamedTuple):
-    """State of :func:`rollback`: that of the wrapped guard, a copy of the run, and 17 bytes.
+class _RollbackArrays(NamedTuple):
+    inner_state: Any
+    snapshot_params: Any
+    snapshot_state: Any
+    integers: Any
+
+
+class RollbackState(PackedState, _RollbackArrays):
+    """State of :func:`rollback`: that of the wrapped guard, a copy of the run, and 20 bytes.
 
     Attributes:
       inner_state: state of the wrapped guard.
-      snapshot_params: float leaves of the parameters to return to, in order.
-      snapshot_state: leaves of the optimizer's state that belongs to them.
-      healthy_since_snapshot: int32, accepted steps since then.
-      rollback_healthy_in_a_row: int32, accepted steps since the last skipped one.
-      rollback_bad_in_a_row: int32, skipped steps since the last accepted one or return.
-      rollbacks_total: int32, returns so far.
-      last_step_rolled_back: bool.
+      snapshot_params: the parameters to return to, less those that are no floats.
+      snapshot_state: the optimizer's state that belongs to them.
+      integers: int32, packed.
     """
 
-    inner_state: Any
-    snapshot_params: tuple[jax.Array, ...]
-    snapshot_state: tuple[Any, ...]
-    healthy_since_snapshot: jax.Array
-    rollback_healthy_in_a_row: jax.Array
-    rollback_bad_in_a_row: jax.Array
-    rollbacks_total: jax.Array
-    last_step_rolled_back: jax.Array
+    __slots__ = ()
+    healthy_since_snapshot = Entry("integers", "int32, accepted steps since it was taken")
+    healthy_in_a_row = Entry("integers", "int32, accepted steps since the last skipped one")
+    bad_in_a_row = Entry("integers", "int32, skipped since the last accepted step or return")
+    rollbacks_total = Entry("integers", "int32, returns so far")
+    last_step_rolled_back = flag("integers", "bool")
 
 
 def rollback(
@@ -132,34 +135,33 @@ def rollback(
         require_guard(inner_state, "rollback")
         # Copies: no buffer can be donated twice.
         copies = jax.tree.map(jnp.copy, _snapshot_of(params, inner_state))
-        return RollbackState(
+        return RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=copies.params,
             snapshot_state=copies.state,
-            healthy_since_snapshot=jnp.zeros((), jnp.int32),
-            rollback_healthy_in_a_row=jnp.zeros((), jnp.int32),
-            rollback_bad_in_a_row=jnp.zeros((), jnp.int32),
-            rollbacks_total=jnp.zeros((), jnp.int32),
-            last_step_rolled_back=jnp.zeros((), jnp.bool_),
+            healthy_since_snapshot=0,
+            healthy_in_a_row=0,
+            bad_in_a_row=0,
+            rollbacks_total=0,
+            last_step_rolled_back=False,
         )
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "rollback takes snapshots of the parameters, but update() was called without "
-                "params. Call update(updates, state, params)."
-            )
+        require_state(state, RollbackState, "rollback")
+        require_params(params, "rollback", "takes snapshots of the parameters")
+        split = float_leaves(params)
+        axes = resolve_axes(axis_name, split.paths, split.arrays)
         # Traced twice: of this one only the verdict is used, and XLA drops the rest. To know it
         # before anything of the old state is overwritten saves copies of all of that.
         judged = inner_update(updates, state.inner_state, params, **extra_args)
         is_skipped, is_healthy = verdict(state.inner_state, judged[1])
-        in_a_row = jnp.where(is_skipped, increment(state.rollback_bad_in_a_row), 0)
-        in_a_row = jnp.where(is_skipped | is_healthy, in_a_row, state.rollback_bad_in_a_row)
+        in_a_row = jnp.where(is_skipped, increment(state.bad_in_a_row), 0)
+        in_a_row = jnp.where(is_skipped | is_healthy, in_a_row, state.bad_in_a_row)
         returns = in_a_row >= after_skips
 
-        since, healthy_in_a_row = state.healthy_since_snapshot, state.rollback_healthy_in_a_row
+        since, healthy_in_a_row = state.healthy_since_snapshot, state.healthy_in_a_row
         is_due = is_healthy & (since >= every) & (healthy_in_a_row >= quiet_steps)
-        snapshot, old_inner_state, is_taken = _take_snapshot(state, params, is_due, axis_name)
+        snapshot, old_inner_state, is_taken = _take_snapshot(state, params, is_due, axes)
         state = state._replace(
             inner_state=old_inner_state,
             snapshot_params=snapshot.params,
@@ -175,13 +177,12 @@ def rollback(
 
         def go_back(step, state):
             updates, inner_state = step
-            saved = _like(optimizer_part(inner_state), state.snapshot_state)
-            back = with_optimizer_part(inner_state, saved)
+            back = with_optimizer_part(inner_state, state.snapshot_state)
             return _return(updates, params, state), back, state.snapshot_state
 
         # All of the step is in the branches, and the snapshot comes out of them again, because
         # XLA on CPU copies less so: half of the time of a select after the step.
-        if axis_name is None:
+        if not axes.names:
             new_updates, inner_state, snapshot_state = lax.cond(
                 returns,
                 lambda updates, state: go_back(forward(updates, state), state),
@@ -197,38 +198,40 @@ def rollback(
 
         since = jnp.where(is_taken, 0, jnp.where(returns, 0, since))
         total = state.rollbacks_total
-        return new_updates, RollbackState(
+        return new_updates, RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=snapshot.params,
             snapshot_state=snapshot_state,
             healthy_since_snapshot=jnp.where(is_healthy, increment(since), since),
-            rollback_healthy_in_a_row=jnp.where(
+            healthy_in_a_row=jnp.where(
                 is_healthy,
                 increment(healthy_in_a_row),
                 jnp.where(is_skipped, 0, healthy_in_a_row),
             ),
-            rollback_bad_in_a_row=jnp.where(returns, 0, in_a_row),
+            bad_in_a_row=jnp.where(returns, 0, in_a_row),
             rollbacks_total=jnp.where(returns, increment(total), total),
             last_step_rolled_back=returns,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class _Snapshot(NamedTuple):
-    """Leaves only: with its structure, statistics in it would pass for those of the run."""
-
-    params: tuple[jax.Array, ...]
-    state: tuple[Any, ...]
+    params: Any
+    state: Any
 
 
 def _snapshot_of(params: Any, inner_state: Any) -> _Snapshot:
-    state = jax.tree.leaves(optimizer_part(inner_state))
-    return _Snapshot(float_leaves(params).arrays, tuple(state))
+    """In the structure of both, so that tools see which of its arrays belong to a parameter."""
+
+    def keep(leaf):
+        return leaf if is_inexact(leaf) else optax.MaskedNode()
+
+    return _Snapshot(jax.tree.map(keep, params), optimizer_part(inner_state))
 
 
 def _take_snapshot(
-    state: RollbackState, params: Any, is_due: jax.Array, axis_name: AxisName
+    state: RollbackState, params: Any, is_due: jax.Array, axes: MeshAxes
 ) -> tuple[_Snapshot, Any, jax.Array]:
     """The snapshot that follows, the inner state untouched, and whether it was taken."""
     old = _Snapshot(state.snapshot_params, state.snapshot_state)
@@ -242,26 +245,22 @@ def _take_snapshot(
         return jnp.sum(stack_flags(flags), dtype=jnp.int32)
 
     def count_none(new, old):
-        return count_bad(*_without_elements((new, old)))
+        # On mesh axes of the type that ``count_bad`` has, of which every array takes part.
+        return count_bad(*_without_elements((new, old))) if axes.names else jnp.zeros((), jnp.int32)
 
     num_bad = lax.cond(is_due, count_bad, count_none, new, old)
-    is_taken = is_due & (psum(num_bad, axis_name) == 0)
+    is_taken = is_due & (axes.psum(num_bad) == 0)
     # The optimizer's state passes through the branch, so that XLA copies it in there and not, for
     # want of knowing better, before every update that overwrites it.
     snapshot, passed = lax.cond(
         is_taken, lambda new, old: (new, new.state), lambda new, old: (old, new.state), new, old
     )
-    part = _like(optimizer_part(state.inner_state), passed)
-    return snapshot, with_optimizer_part(state.inner_state, part), is_taken
+    return snapshot, with_optimizer_part(state.inner_state, passed), is_taken
 
 
 def _without_elements(tree: Any) -> Any:
-    """The same leaves without their elements; they vary over the same mesh axes."""
+    """The same leaves without their elements."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1)[:0], tree)
-
-
-def _like(tree: Any, leaves: tuple[Any, ...]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -299,9 +298,7 @@ def _is_away(param: jax.Array, target: jax.Array) -> jax.Array:
 
 def _map_with_snapshot(change: Any, updates: Any, params: Any, state: RollbackState) -> Any:
     """Applies ``change(update, parameter, its snapshot)`` to the float leaves of ``updates``."""
-    split, kept = float_leaves(updates), float_leaves(params)
-    pairs = kept.replace(list(zip(kept.arrays, state.snapshot_params, strict=True)))
-    places = zip(split.treedef.flatten_up_to(pairs), split.every_leaf, strict=True)
-    pairs = [pair for pair, leaf in places if is_inexact(leaf)]
-    zipped = zip(split.arrays, pairs, strict=True)
-    return split.replace([change(leaf, *pair) for leaf, pair in zipped])
+    split = float_leaves(updates, params)
+    own, kept = split.matching(params), split.matching(state.snapshot_params)
+    triples = zip(split.arrays, own, kept, strict=True)
+    return split.replace([change(*triple) for triple in triples])

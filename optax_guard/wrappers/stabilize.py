@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import optax
 
 from optax_guard._core.checks import check_transformation
-from optax_guard._core.inner import tolerant_update
+from optax_guard._core.inner import tolerant_update, uses_length
 from optax_guard.wrappers.clip_by_update_ratio import clip_by_update_ratio
 from optax_guard.wrappers.guard import guard
 
@@ -32,7 +33,13 @@ def stabilize(
       optimizer: the optimizer to protect.
       clip: what to put before it; None for :func:`clip_by_update_ratio` around it, and
         ``optax.identity()`` for none.
-      **guard_options: passed to :func:`guard`; ``axis_name`` is given to the default clip, too.
+      **guard_options: passed to :func:`guard`; ``axis_name`` and ``stacked`` are given to the default
+        clip, too.
+
+    Around optimizers that read a step size off the length of the gradient or search along it
+    (Polyak, mechanize, momo, COCOB, L-BFGS and other line searches) it only guards, and warns.
+    ``stabilize(optax.MultiSteps(...))`` is refused by ``init``: write
+    ``optax.MultiSteps(og.stabilize(optimizer), k)``.
 
     Returns:
       A transformation; see :func:`guard` for its state and cost. Clip and guard share one
@@ -58,9 +65,20 @@ def stabilize(
              [-0.  , -0.01]], dtype=float32)
     """
     check_transformation("optimizer", optimizer)
-    if clip is None:
-        axis_name = guard_options.get("axis_name")
-        return guard(clip_by_update_ratio(optimizer, axis_name=axis_name), **guard_options)
-    check_transformation("clip", clip)
-    tolerant = optax.GradientTransformationExtraArgs(optimizer.init, tolerant_update(optimizer))
-    return guard(optax.chain(clip, tolerant), **guard_options)
+    axis_name, stacked = guard_options.get("axis_name"), guard_options.get("stacked")
+    if clip is not None:
+        check_transformation("clip", clip)
+        update = tolerant_update(optimizer)
+        tolerant = optax.GradientTransformationExtraArgs(optimizer.init, update)
+        return guard(optax.chain(clip, tolerant), **guard_options)
+    name = uses_length(optimizer)
+    if name is None:
+        clipped = clip_by_update_ratio(optimizer, axis_name=axis_name, stacked=stacked)
+        return guard(clipped, **guard_options)
+    warnings.warn(
+        f"stabilize only guards this optimizer and does not clip: {name} reads a step size off the "
+        "length of the gradient or searches along it, which a clip would falsify. Write "
+        "og.guard(optimizer) to say so, or pass a clip=.",
+        stacklevel=2,
+    )
+    return guard(optimizer, **guard_options)
