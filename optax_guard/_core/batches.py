@@ -40,10 +40,19 @@ def make_batches(leaves: Sequence[Any]) -> list[list[int]]:
 
 def can_be_stacked(leaf: Any) -> bool:
     """Whether an array is small, and on one device or inside ``shard_map``."""
-    if leaf.size > _MAX_SIZE or is_partitioned(leaf):
-        return False
+    return leaf.size <= _MAX_SIZE and not _may_be_sharded(leaf)
+
+
+def can_be_flat(leaves: Sequence[Any]) -> bool:
+    """Whether small arrays that are made of these may be put into one vector."""
+    return not any(map(_may_be_sharded, leaves))
+
+
+def _may_be_sharded(leaf: Any) -> bool:
+    """Whether XLA may split an array; not on one device, and not inside ``shard_map``."""
     # Without a mesh it may still be sharded, by the ``in_shardings`` of ``jit``.
-    return jax.device_count() == 1 or not jax.typeof(leaf).sharding.mesh.empty
+    is_unknown = jax.device_count() > 1 and jax.typeof(leaf).sharding.mesh.empty
+    return is_unknown or is_partitioned(leaf)
 
 
 def load(batch: Sequence[int], leaves: Sequence[Any]) -> jax.Array:

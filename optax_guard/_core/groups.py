@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optax_guard._core.arrays import replicated
 
@@ -27,7 +28,7 @@ class Groups(NamedTuple):
     """Which elements share a norm. Hashable, so that it can be a static argument.
 
     Norms come in *blocks*: one scalar for "global", one vector ``[leaves]`` for "leaf", and
-    one array for each leaf, with kept dimensions, otherwise ("each").
+    otherwise ("each") one array for each leaf, with kept dimensions, or one vector of them all.
 
     Attributes:
       kind: "global", "leaf" or "each".
@@ -36,6 +37,8 @@ class Groups(NamedTuple):
       dtype: of all norms: float64 when any leaf is float64 or complex128, else float32.
       depths: for each leaf, along how many leading axes it stacks layers. The norm of each of
         them is reported; together they are the *rows*, one for each leaf that stacks none.
+      is_flat: whether the norms of "each" come in one vector, which spares a kernel for every leaf
+        and every statistic; not where leaves may be sharded, since it would be gathered.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Groups(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
     depths: tuple[int, ...]
+    is_flat: bool = False
 
     @property
     def rows(self) -> list[int]:
@@ -94,29 +98,68 @@ class Groups(NamedTuple):
             shapes: list[tuple[int, ...]] = [()]
         elif self.kind == "leaf":
             shapes = [(len(self.axes),)]
+        elif self.is_flat:
+            shapes = [(sum(self.unit_counts),)]
         else:
             shapes = self.group_shapes()
         return [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
 
-    def sizes(self, is_used: Sequence[bool], num_shards: Sequence[Any]) -> list[Any]:
-        """Number of elements of each group that are used, one array (or scalar) a block."""
+    def sizes(self, is_used: Sequence[bool], num_shards: Sequence[Any]) -> jax.Array:
+        """``[leaves]``, number of elements that share a norm; 0 for what is not used."""
         sizes = [
             math.prod(shape[axis] for axis in axes) * float(used) * shards
             for shape, axes, used, shards in zip(
                 self.shapes, self.axes, is_used, num_shards, strict=True
             )
         ]
-        arrays = [jnp.asarray(size, self.dtype) for size in sizes]
+        return stack([jnp.asarray(size, self.dtype) for size in sizes], self.dtype)
+
+    def sizes_of_blocks(self, sizes: jax.Array) -> list[jax.Array]:
+        """The same for each group of each block."""
         if self.kind == "global":
-            return [sum(arrays, jnp.zeros((), self.dtype))]
-        return [stack(arrays, self.dtype)] if self.kind == "leaf" else arrays
+            return [jnp.sum(sizes)]
+        if self.kind == "leaf":
+            return [sizes]
+        if self.is_flat:
+            return [self.repeat(sizes)]
+        return [sizes[index] for index in range(len(self.axes))]
+
+    def repeat(self, per_leaf: Any) -> jax.Array:
+        """From ``[leaves]`` to the one vector of a flat block."""
+        return jnp.asarray(per_leaf)[self._leaf_of_unit()]
+
+    def _leaf_of_unit(self) -> np.ndarray:
+        counts = self.unit_counts  # as a constant: XLA would take seconds to fold it
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    @property
+    def unit_counts(self) -> list[int]:
+        """Number of norms of each leaf with "each"."""
+        return list(map(math.prod, self.group_shapes()))
+
+    def flatten(self, parts: Sequence[jax.Array], lead: tuple[int, ...] = ()) -> jax.Array:
+        """From one array a leaf, shaped ``lead`` and as its norms, to the last axis of one."""
+        # Behind a barrier it is a copy; else XLA would make one large kernel with what comes before.
+        flat = lax.optimization_barrier([part.reshape(*lead, -1) for part in parts])
+        return jnp.concatenate(flat, -1) if flat else jnp.zeros((*lead, 0), self.dtype)
+
+    def unflatten(self, flat: jax.Array) -> list[jax.Array]:
+        """The inverse."""
+        shapes, start, parts = self.group_shapes(), 0, []
+        for shape in shapes:
+            stop = start + math.prod(shape)
+            parts.append(flat[..., start:stop].reshape(*flat.shape[:-1], *shape))
+            start = stop
+        return parts
 
     def total(self, terms: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """From one vector of rows, or for "each" one array a leaf, to blocks of sums."""
+        """From one vector of rows, or for "each" one array a leaf or a vector, to blocks."""
         if self.kind == "global":
             return (jnp.sum(terms[0]),)
         if self.kind == "leaf":
             return (self.add_rows(terms[0]),)
+        if self.is_flat:
+            return tuple(terms)
         return tuple(self._group_sum(index, term) for index, term in enumerate(terms))
 
     def _group_sum(self, index: int, term: jax.Array) -> jax.Array:
@@ -129,6 +172,11 @@ class Groups(NamedTuple):
         """From the same to one vector ``[rows]``."""
         if self.kind != "each":
             return terms[0]
+        if self.is_flat:
+            leaf = self._leaf_of_unit()
+            return jax.ops.segment_sum(
+                terms[0], leaf, num_segments=len(self.axes), indices_are_sorted=True
+            )
         parts = []
         for term, depth in zip(terms, self.depths, strict=True):
             rest = tuple(range(depth, term.ndim))
@@ -151,7 +199,7 @@ class Groups(NamedTuple):
             return [blocks[0]] * len(self.axes)
         if self.kind == "leaf":
             return [blocks[0][index] for index in range(len(self.axes))]
-        return list(blocks)
+        return self.unflatten(blocks[0]) if self.is_flat else list(blocks)
 
 
 def row_suffixes(layers: tuple[int, ...]) -> list[str]:

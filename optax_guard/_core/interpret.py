@@ -307,7 +307,9 @@ def make_reader(
     groups = make_groups("global", gradients.paths, gradients.arrays, stacked=stacked)
     is_shared = heard is not None and heard.axes == axes and heard.watch is None
     if heard is not None and is_shared:
-        is_shared = not heard.groups.has_stacks or heard.groups.depths == groups.depths
+        is_shared = heard.groups.depths == groups.depths or not (
+            heard.groups.has_stacks or heard.groups.is_flat
+        )
         groups = heard.groups._replace(depths=groups.depths) if is_shared else groups
     call = MeasureCall(groups, plan.is_used, axes, watch if axes.names else None)
     return Reader(plan, call, is_shared)

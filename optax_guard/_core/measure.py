@@ -44,7 +44,7 @@ class Measurement(NamedTuple):
       norms: for each block the norms; a finite gradient never gives inf (saturated).
       scaled: for each block the norms times a small power of two, for norms past float32.
       finite: for each block, whether all elements of the group are finite.
-      sizes: for each block the number of elements of each group that were measured.
+      sizes: ``[leaves]``, number of elements that were measured for each norm of a leaf.
       norm: of all leaves together.
       leaf_norms: float32 ``[rows]``.
       leaf_finite: bool ``[rows]``.
@@ -53,7 +53,7 @@ class Measurement(NamedTuple):
     norms: tuple[jax.Array, ...]
     scaled: tuple[jax.Array, ...]
     finite: tuple[Any, ...]
-    sizes: tuple[jax.Array, ...]
+    sizes: jax.Array
     norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: Any
@@ -142,10 +142,11 @@ def _unload(
     groups = call.groups
     if groups.kind == "each":
         by_leaf = {batch[0]: part for batch, part in zip(batches, parts, strict=True)}
-        return tuple(
+        terms = tuple(
             replicated(by_leaf[index]) if index in by_leaf else jnp.zeros(shape, groups.dtype)
             for index, shape in enumerate(groups.term_shapes())
         )
+        return (groups.flatten(terms),) if groups.is_flat else terms
     starts = np.cumsum([0, *groups.rows])
     order = [row for batch in batches for i in batch for row in range(starts[i], starts[i + 1])]
     count = int(starts[-1])
@@ -252,7 +253,7 @@ def merge_rows(measured: Measurement, groups: Groups) -> Measurement:
     )
 
 
-def _roots(sums: _Sums, sizes: tuple[jax.Array, ...], groups: Groups) -> Measurement:
+def _roots(sums: _Sums, sizes: jax.Array, groups: Groups) -> Measurement:
     """All norms from sums that may be out of range at one or two of the scales."""
     roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
     norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
@@ -263,12 +264,22 @@ def _roots(sums: _Sums, sizes: tuple[jax.Array, ...], groups: Groups) -> Measure
 
 
 def _plain_roots(
-    terms: tuple[jax.Array, ...], sizes: tuple[jax.Array, ...], groups: Groups
+    stacked: tuple[jax.Array, ...],
+    terms: Sequence[jax.Array],
+    sizes: jax.Array,
+    call: MeasureCall,
 ) -> Measurement:
     """All norms from plain sums that are in range."""
-    sums = groups.total(terms)
+    groups = call.groups
+    sums = groups.total(stacked)
     norms = tuple(map(jnp.sqrt, sums))
-    row_sums = groups.row_sums(terms)
+    if groups.is_flat:  # equal kernels for equal shapes, which slices of the vector would not be
+        used = iter(terms)
+        zero = jnp.zeros((), groups.dtype)
+        parts = [jnp.sum(next(used)) if is_used else zero for is_used in call.is_used]
+        row_sums = jnp.stack(parts) if parts else groups.row_sums(stacked)
+    else:
+        row_sums = groups.row_sums(stacked)
     return Measurement(
         norms=norms,
         scaled=tuple(norm * RANGES[groups.dtype].down for norm in norms),
@@ -302,16 +313,21 @@ def _is_cold(
     any_small = any_of([(part < r.low) & is_used for part, is_used in pairs])
     all_small = ~any_of([(part >= r.low) & is_used for part, is_used in pairs])
     is_cold |= jnp.where(small_norms_matter, any_small, all_small)
+    if groups.kind == "each":
+        # The sums of rows would be merged with what they are sums of, and that written to memory.
+        return is_cold
     is_row_used = np.repeat(np.asarray(call.is_used, np.bool_), groups.rows)
     is_small_row = groups.row_sums(stacked) < _SMALL_ROW[groups.dtype]
     return is_cold | jnp.any(is_small_row & is_row_used & small_rows_matter)
 
 
-def _used_blocks(call: MeasureCall) -> list[np.ndarray]:
+def _used_blocks(call: MeasureCall) -> list[Any]:
     """For each block which of its groups are used."""
     is_used = np.asarray(call.is_used, np.bool_)
     if call.groups.kind == "global":
         return [np.asarray(True)]
+    if call.groups.is_flat:
+        return [np.asarray(True) if is_used.all() else call.groups.repeat(is_used)]
     return [is_used] if call.groups.kind == "leaf" else list(is_used)
 
 
@@ -328,7 +344,7 @@ def _measure(
     terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
     stacked = _unload(terms, batches, call)
     shards = [axes.num_shards(index) for index in range(len(leaves))]
-    sizes = tuple(groups.sizes(call.is_used, shards))
+    sizes = groups.sizes(call.is_used, shards)
     is_cold = _is_cold(leaves, stacked, small_norms_matter, small_rows_matter, call)
 
     # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
@@ -337,7 +353,7 @@ def _measure(
         measured = lax.cond(
             is_cold,
             lambda leaves, terms, *_: _roots(_reread(leaves, terms, call), sizes, groups),
-            lambda leaves, terms, stacked: _plain_roots(stacked, sizes, groups),
+            lambda leaves, terms, stacked: _plain_roots(stacked, terms, sizes, call),
             leaves,
             terms,
             stacked,
@@ -365,9 +381,11 @@ def _count_once(part: Sequence[jax.Array], call: MeasureCall) -> Sequence[jax.Ar
     groups, axes = call.groups, call.axes
     if not axes.names or all(own == axes.names for own in axes.of_leaves):
         return part
-    if groups.kind == "each":
+    if groups.kind == "each" and not groups.is_flat:
         return axes.count_once(part)
     ones = axes.count_once([jnp.ones((), np.bool_) for _ in groups.shapes])
+    if groups.is_flat:
+        return (jnp.where(groups.repeat(jnp.stack(ones)), part[0], 0),)
     is_counted = jnp.repeat(
         jnp.stack(ones), np.asarray(groups.rows), total_repeat_length=part[0].shape[0]
     )
@@ -402,7 +420,7 @@ def _measure_jvp(call, primals, tangents):
 
     def total(terms):
         if groups.kind == "each":
-            return tuple(terms)
+            return (groups.flatten(terms),) if groups.is_flat else tuple(terms)
         vector = jnp.stack(terms) if terms else jnp.zeros((0,), groups.dtype)
         return (jnp.sum(vector),) if groups.kind == "global" else (vector,)
 
@@ -420,7 +438,7 @@ def _measure_jvp(call, primals, tangents):
         norms=norms,
         scaled=tuple(dot * down for dot in norms),
         finite=tuple(np.zeros(flag.shape, jax.dtypes.float0) for flag in result.finite),
-        sizes=tuple(map(jnp.zeros_like, result.sizes)),
+        sizes=jnp.zeros_like(result.sizes),
         norm=jnp.sum(shares * row_norms_dot),
         leaf_norms=row_norms_dot.astype(jnp.float32),
         leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),

@@ -104,6 +104,15 @@ def _spread_factors(scaling: Scaling, groups: Groups) -> tuple[list[jax.Array], 
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.
+    if groups.is_flat:
+        nothing = jnp.ones((2, scaling.norms[0].shape[0]), groups.dtype)
+        spread = lax.cond(
+            any_of(scaling.active),
+            lambda scaling: groups.unflatten(jnp.stack([f[0] for f in factors(scaling)])),
+            lambda _: groups.unflatten(nothing),
+            scaling,
+        )
+        return [pair[0] for pair in spread], [pair[1] for pair in spread]
     if groups.kind == "leaf":
         # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
         # would make all loops different, and the compiler compiles equal ones once.

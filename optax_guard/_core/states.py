@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optax_guard._core.arrays import increment, promote
 from optax_guard._core.statistics import moving_average
@@ -143,11 +144,25 @@ class PackedState:
 
 
 def _join(field: str, parts: list[jax.Array]) -> jax.Array:
-    if field == "integers":
-        dtype = jnp.int32
-    else:
-        dtype = promote(jnp.float32, *(part.dtype for part in parts))
-    return jnp.concatenate([part.reshape(-1).astype(dtype) for part in parts])
+    """One vector of scalars and runs.
+
+    Place by place by a select, which XLA computes in one kernel; before a concatenation it would
+    launch one for each scalar.
+    """
+    is_counter = field == "integers"
+    dtype = jnp.int32 if is_counter else promote(jnp.float32, *(part.dtype for part in parts))
+    size = sum(part.size for part in parts)
+    place = lax.iota(jnp.int32, size)
+    vector, start = jnp.zeros((size,), dtype), 0
+    for part in parts:
+        stop = start + part.size
+        value = part.astype(dtype)
+        if part.ndim:
+            value = lax.pad(value.reshape(-1), jnp.zeros((), dtype), [(start, size - stop, 0)])
+        is_here = (place == start) if not part.ndim else (place >= start) & (place < stop)
+        vector = jnp.where(is_here, value, vector)
+        start = stop
+    return vector
 
 
 class _RuleArrays(NamedTuple):

@@ -8,34 +8,29 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from optax_guard._core.checks import check_number
-from optax_guard._core.groups import make_groups
-from optax_guard._core.measure import measure
-from optax_guard._core.rescale import RANGES
-from optax_guard.reading.find import find_outer_guards, refuse_batched, refuse_tracers
-from optax_guard.reading.names import NamedLeaf, gradient_leaves, guard_leaf_names
+from optax_guard.reading._readings import Reading, from_gradients, from_state
+from optax_guard.reading.find import refuse_tracers
+from optax_guard.reading.names import gradient_leaves
 from optax_guard.reading.tables import plain_table, short
 
-_SEVERITY = ("ok", "vanishing", "dead", "exploding", "nonfinite")
+_SEVERITY = ("unused", "ok", "vanishing", "dead", "exploding", "nonfinite")
 _MOST_ROWS = 40
 _USUAL_BIAS = 10.0  # the gradient of a slope that a whole PReLU layer shares reaches 5 in health
 
 
 class DiagnosisRow(NamedTuple):
-    """What the gradient of one array looks like.
+    """What the gradient of one array looks like, or of one layer in an array that stacks layers.
 
     Attributes:
-      path: its name, as in ``"dense1/kernel"``.
-      shape: of the array.
-      norm: Euclidean norm of its gradient; NaN if an element is not finite.
+      path: its name, as in ``"dense1/kernel"`` or ``"layers/kernel[3]"``.
+      shape: of the array, or the layer.
+      norm: Euclidean norm of its gradient; NaN if an element is not finite, 0 if it is unused.
       rms: root mean square of the gradient's elements.
       share: of the squared norm of all finite gradients, so that shares add up to 1.
       ratio: the norm divided by that of the parameter; inf for a parameter of zeros.
-      verdict: ``"ok"``, ``"vanishing"``, ``"dead"``, ``"exploding"`` or ``"nonfinite"``.
+      verdict: ``"ok"``, ``"vanishing"``, ``"dead"``, ``"exploding"``, ``"nonfinite"``, or
+        ``"unused"``.
     """
 
     path: str
@@ -53,8 +48,8 @@ class Diagnosis:
 
     Attributes:
       rows: one :class:`DiagnosisRow` for each float array, in the order of the parameters.
-      zeros: for each row the fraction of elements that are exactly zero; empty if a state was
-        diagnosed, which keeps norms only.
+      zeros: for each row the fraction of elements that are exactly zero, NaN for an unused one;
+        empty if a state was diagnosed, which keeps norms only.
       norm: of all finite gradients together.
     """
 
@@ -64,7 +59,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """The worst of the rows: nonfinite, then exploding, dead, vanishing, ok."""
+        """The worst of the rows: nonfinite, then exploding, dead, vanishing, ok, unused."""
         return max((row.verdict for row in self.rows), key=_SEVERITY.index, default="ok")
 
     def __repr__(self) -> str:
@@ -83,7 +78,7 @@ class Diagnosis:
 
 def _cells(row: DiagnosisRow, zeros: float | None) -> list[str]:
     shape = "x".join(map(str, row.shape)) or "scalar"
-    fraction = "-" if zeros is None else f"{zeros:.0%}"
+    fraction = "-" if zeros is None or math.isnan(zeros) else f"{zeros:.0%}"
     return [row.path, shape, *map(short, row[2:6]), fraction, row.verdict]
 
 
@@ -99,6 +94,7 @@ def diagnose(
 
     With ``g`` the RMS of a gradient and ``p`` that of its parameter, the first that holds::
 
+        unused      there is no gradient (None), or it reaches no output of the optimizer
         nonfinite   any element of the gradient is NaN or Inf
         dead        at least dead_fraction of its elements are exactly zero
         exploding   g > exploding_ratio * max(p, usual)
@@ -124,13 +120,13 @@ def diagnose(
     first; a guard inside :func:`dynamic_loss_scale` sees gradients without it.
 
     Args:
-      grads_or_state: gradients, with the structure of ``params`` (leaves may be missing), or any
-        pytree with a :func:`guard` in it, for the norms that the outermost guards saw last.
+      grads_or_state: gradients, with the structure of ``params`` (leaves may be missing or None),
+        or any pytree with a :func:`guard` in it, for the norms that the outermost guards saw last,
+        layer by layer where ``guard(stacked=...)`` says so.
       params: the parameters; with Flax NNX ``nnx.state(model, nnx.Param)``.
       exploding_ratio: in (0, inf].
       vanishing_ratio: in [0, exploding_ratio).
-      dead_fraction: in (0, 1]. A state does not count zeros, and a norm below about 1e-19 beside
-        larger ones is 0 in it: there a norm of 0 is dead.
+      dead_fraction: in (0, 1]. A state does not count zeros: there a norm of 0 is dead.
 
     Returns:
       A :class:`Diagnosis`. Norms are right from 1e-37 to 3e38, and those of a state as
@@ -164,35 +160,11 @@ def diagnose(
     check_number("dead_fraction", dead_fraction, maximum=1.0, open_minimum=True)
     refuse_tracers("diagnose", (grads_or_state, params))
     leaves = gradient_leaves(params)
-    readings = _from_state(grads_or_state, leaves)
+    readings = from_state(grads_or_state, leaves)
     if readings is None:
-        readings = _from_gradients(grads_or_state, leaves)
+        readings = from_gradients(grads_or_state, leaves)
     limits = _Limits(float(exploding_ratio), float(vanishing_ratio), float(dead_fraction))
     return _judge(readings, limits)
-
-
-class _Reading(NamedTuple):
-    """Numbers of one array; ``zeros`` is None if they were not counted."""
-
-    path: str
-    shape: tuple[int, ...]
-    norm: float
-    param_norm: float
-    zeros: float | None
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rms(self) -> float:
-        return self.norm / math.sqrt(self.size) if self.size else 0.0
-
-    @property
-    def param_rms(self) -> float:
-        """Zero also for parameters that are not finite: they are no measure of anything."""
-        is_known = self.size > 0 and math.isfinite(self.param_norm)
-        return self.param_norm / math.sqrt(self.size) if is_known else 0.0
 
 
 class _Limits(NamedTuple):
@@ -201,84 +173,7 @@ class _Limits(NamedTuple):
     dead_fraction: float
 
 
-def _from_state(opt_state: Any, leaves: Sequence[NamedLeaf]) -> list[_Reading] | None:
-    """What the outermost guards measured last; None where there is no guard."""
-    guards = find_outer_guards(opt_state)
-    if not guards:
-        return None
-    own = [
-        [jax.tree.leaves(field)[0] for field in (guard.state.guard_step, guard.state.leaf_norms)]
-        for guard in guards
-    ]
-    numbers, own = jax.device_get(([_numbers(jnp.asarray(leaf.leaf)) for leaf in leaves], own))
-    pairs = zip(leaves, map(_norm, numbers), strict=True)
-    unseen = {leaf.name: (jnp.shape(leaf.leaf), norm) for leaf, norm in pairs}
-    readings = []
-    for guard, (step, norms) in zip(guards, own, strict=True):
-        refuse_batched("diagnose", step)
-        if step == 0:
-            raise ValueError("The guard has seen no gradients yet. Pass the state after an update.")
-        known = guard_leaf_names(guard, leaves)
-        if not known.are_known:
-            raise ValueError(
-                "The guard sits inside optax.masked or optax.partition, and the state of its "
-                "optimizer does not tell which leaves it watches. Pass the gradients instead."
-            )
-        for name, norm in zip(known.names, norms, strict=True):
-            if name in unseen:  # of guards in a row only the first sees the gradients themselves
-                shape, param_norm = unseen.pop(name)
-                readings.append(_Reading(name, shape, float(norm), param_norm, None))
-    order = {leaf.name: place for place, leaf in enumerate(leaves)}
-    return sorted(readings, key=lambda reading: order[reading.path])
-
-
-def _from_gradients(grads: Any, leaves: Sequence[NamedLeaf]) -> list[_Reading]:
-    own = gradient_leaves(grads)
-    by_name = {leaf.name: leaf.leaf for leaf in leaves}
-    for name, leaf in own:
-        shape, expected = jnp.shape(leaf), by_name.get(name)
-        if expected is None or jnp.shape(expected) != shape:
-            other = "not there" if expected is None else f"of shape {jnp.shape(expected)} there"
-            raise ValueError(
-                "diagnose takes gradients that match params, or a state that holds a guard; but "
-                f"{name} of shape {shape} is {other}. Pass the parameters that the gradients are "
-                "for; with Flax NNX, nnx.state(model, nnx.Param)."
-            )
-    pairs = [(jnp.asarray(leaf), jnp.asarray(by_name[name])) for name, leaf in own]
-    numbers = jax.device_get([(_numbers(array), _numbers(param)) for array, param in pairs])
-    return [
-        _Reading(
-            path=leaf.name,
-            shape=array.shape,
-            norm=_norm(of_array),
-            param_norm=_norm(of_param),
-            zeros=1 - float(of_array[2]) / array.size if array.size else 0.0,
-        )
-        for leaf, (array, _), (of_array, of_param) in zip(own, pairs, numbers, strict=True)
-    ]
-
-
-@jax.jit
-def _numbers(array: jax.Array) -> jax.Array:
-    """Norm, norm times a small power of two, and how many elements are not zero.
-
-    The norm is NaN where an element is not finite. Compiled once for each shape in a model.
-    """
-    measured = measure([array], make_groups("leaf", [""], [array]))
-    norm = jnp.where(measured.leaf_finite, measured.norms[0], jnp.nan)[0]
-    count = jnp.count_nonzero(array)  # an integer: a float32 mean stops counting at 2**24
-    return jnp.stack([norm, measured.scaled[0][0], count.astype(norm.dtype)])
-
-
-def _norm(numbers: np.ndarray) -> float:
-    """The norm; one past float32 was saturated."""
-    norm, scaled, _ = numbers
-    if norm == np.finfo(np.float32).max and numbers.dtype == np.float32:
-        return float(scaled) / RANGES[np.dtype("float32")].down
-    return float(norm)
-
-
-def _judge(readings: Sequence[_Reading], limits: _Limits) -> Diagnosis:
+def _judge(readings: Sequence[Reading], limits: _Limits) -> Diagnosis:
     total = math.hypot(*(reading.norm for reading in readings if math.isfinite(reading.norm)))
     weights = [r.param_rms for r in readings if len(r.shape) > 1 and r.param_rms > 0]
     median = statistics.median(weights) if weights else None
@@ -299,13 +194,15 @@ def _judge(readings: Sequence[_Reading], limits: _Limits) -> Diagnosis:
     return Diagnosis(rows, zeros, total)
 
 
-def _ratio(reading: _Reading) -> float:
+def _ratio(reading: Reading) -> float:
     if reading.param_norm == 0:
         return math.inf if reading.norm > 0 else math.nan
     return reading.norm / reading.param_norm
 
 
-def _verdict(reading: _Reading, median: float | None, limits: _Limits) -> str:
+def _verdict(reading: Reading, median: float | None, limits: _Limits) -> str:
+    if not reading.is_used:
+        return "unused"
     if not math.isfinite(reading.norm):
         return "nonfinite"
     zeros = float(reading.norm == 0) if reading.zeros is None else reading.zeros

@@ -20,6 +20,7 @@ from jax import lax
 
 from optax_guard._core.arrays import root_sum_square, safe_ratio, tree_where
 from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
+from optax_guard._core.batches import can_be_flat
 from optax_guard._core.checks import check_axis_name, check_scope
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
 from optax_guard._core.measure import Measurement, measure
@@ -167,6 +168,8 @@ def limit_norms(
         split = float_leaves(updates, params, count=_num_histories(state.history))
         axes = resolve_axes(axis_name, split.paths, split.arrays)
         groups = groups_of(split)
+        if groups.kind == "each":
+            groups = groups._replace(is_flat=can_be_flat(split.arrays))
         contexts = _contexts(rule, groups, split, params, state.steps, axes, name)
         measured = measure(
             split.arrays,
@@ -179,6 +182,8 @@ def limit_norms(
         scaling, new_histories = _decide(rule, measured, histories, contexts, groups)
         arrays = rescale(split.arrays, scaling, groups)
         packed = tuple(map(_pack, new_histories, groups.blocks))
+        if groups.is_flat and jax.tree.leaves(state.history):
+            packed = tuple(groups.unflatten(packed[0]))
         history = packed if groups.kind == "each" else packed[0]
         new_state = count_step(
             state,
@@ -237,12 +242,13 @@ def _unpack(packed: Any, rule: Rule, block: jax.ShapeDtypeStruct) -> Any:
 
 
 def _unpack_all(rule: Rule, history: Any, groups: Groups, name: str) -> list[Any]:
+    leaf_groups = groups._replace(is_flat=False)
     packed = history if groups.kind == "each" else (history,)
     if not jax.tree.leaves(history):
-        packed = ((),) * len(groups.blocks)
+        packed = ((),) * len(leaf_groups.blocks)
     expected = [
         jax.eval_shape(lambda block=block: _pack(rule.init(block), block))
-        for block in groups.blocks
+        for block in leaf_groups.blocks
     ]
     shapes = [[leaf.shape for leaf in jax.tree.leaves(part)] for part in (list(packed), expected)]
     if shapes[0] != shapes[1]:
@@ -251,6 +257,9 @@ def _unpack_all(rule: Rule, history: Any, groups: Groups, name: str) -> list[Any
             f"history has the shapes {shapes[0]}, these updates and arguments need {shapes[1]}. "
             "Make a new one with init(params); where gradients are None, pass params to update()."
         )
+    if groups.is_flat:
+        rows = packed[0].shape[0] if jax.tree.leaves(history) else 0
+        packed = [groups.flatten(packed, (rows,)) if rows else ()]
     return [_unpack(part, rule, block) for part, block in zip(packed, groups.blocks, strict=True)]
 
 
@@ -279,7 +288,8 @@ def _contexts(
 
 def _small_norms_matter(rule: Rule, contexts: Sequence[Context]) -> jax.Array | bool:
     if rule.smallest_limit is None:
-        return True
+        # Statistics leave out what is zero, and need be right only where squares fit float32.
+        return rule.is_target or rule.init is no_history
     bounds = [jnp.min(jnp.asarray(rule.smallest_limit(c)), initial=np.inf) for c in contexts]
     return jnp.min(jnp.stack(bounds)) < _SMALL_NORM if bounds else False
 
@@ -293,7 +303,8 @@ def _decide(
 ) -> tuple[Scaling, list[Any]]:
     """Limits for every group, and the histories that follow if the step is finite."""
     contexts = [
-        context._replace(size=size) for context, size in zip(contexts, measured.sizes, strict=True)
+        context._replace(size=size)
+        for context, size in zip(contexts, groups.sizes_of_blocks(measured.sizes), strict=True)
     ]
     if rule.needs_global_norm:
         contexts = _with_global_norm(contexts, measured, groups.dtype)

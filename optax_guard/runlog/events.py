@@ -1,111 +1,245 @@
-"""What the records of a run say about skips and clips."""
+"""What the records of a run say: skips, cuts, overflows, returns, and the norms between them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from optax_guard.runlog.about import About
 from optax_guard.runlog.fetch import LEAF_NORMS, STEP, Record
 
-_PREFIX = r"guard/(?:\d+/)?"  # metrics numbers the second state of a kind
-_SKIP_TOTAL = re.compile(_PREFIX + r"(skipped|overflows)_total")
-_SKIP_FLAG = re.compile(_PREFIX + r"last_step_(skipped|overflowed)")
-_SCALE = re.compile(r"(" + _PREFIX + r"\w+)_last_scale")
+_PREFIX = "guard/"
+Series = Callable[[str], np.ndarray]
+
+
+class Guard(NamedTuple):
+    """One guard; arrays over the records.
+
+    Attributes:
+      place: of its metrics, such as ``"guard/embed/"``.
+      label: ``"embed"``, of the group that it watches; empty for one that watches all.
+      calls: float64, so far.
+      skipped_total: float64, so far.
+      skipped: bool, whether a call was skipped since the record before.
+      is_fresh: bool, whether it was called since then.
+      norm: float64, gradient norm before any clipping; NaN where it is not known or not fresh.
+    """
+
+    place: str
+    label: str
+    calls: np.ndarray
+    skipped_total: np.ndarray
+    skipped: np.ndarray
+    is_fresh: np.ndarray
+    norm: np.ndarray
 
 
 class Clip(NamedTuple):
-    """One clip or normaliser.
+    """One clip or normaliser; arrays over the records.
 
     Attributes:
-      name: such as ``"norm_clip"``, numbered if there are two of a kind.
-      total: float64 ``[records]``, steps in which it acted so far.
-      acted: bool ``[records]``, whether it did since the record before.
-      scale: float64 ``[records]``, smallest factor of the last finite step.
+      place: of its metrics.
+      label: such as ``"clip_by_norm"``, with its group and number if it has one.
+      factory: its name.
+      steps: float64, finite ones so far.
+      total: float64, steps in which it acted so far.
+      acted: bool, whether it did since the record before.
+      scale: float64, smallest factor of the last finite step.
+      recent_rate: float64, share of steps cut of the last 100 or so.
+      recent_scale: float64, mean of the smallest factors over them.
     """
 
-    name: str
+    place: str
+    label: str
+    factory: str
+    steps: np.ndarray
     total: np.ndarray
     acted: np.ndarray
     scale: np.ndarray
+    recent_rate: np.ndarray
+    recent_scale: np.ndarray
+
+
+class Happening(NamedTuple):
+    """Something else that counts: an overflow, a return, a micro-batch left out.
+
+    Attributes:
+      kind: ``"overflow"``, ``"rollback"``, ``"back-off"``, ``"micro-batch"`` or ``"zeroed"``.
+      label: of the state that counts it.
+      happened: bool, whether it did since the record before.
+      total: float64, so far.
+    """
+
+    kind: str
+    label: str
+    happened: np.ndarray
+    total: np.ndarray
 
 
 class Events(NamedTuple):
-    """Arrays over the records, in the order of their steps.
+    """A run. Arrays over the records, in the order of their steps.
 
     Attributes:
       steps: int64.
-      norm: float64, gradient norm before any clipping; NaN where it is not known.
-      after_clip: float64, norm times factor of the first clip where that clipped.
-      threshold: float64, as the user recorded it.
-      skipped: bool, whether a step was skipped since the record before.
-      skipped_total: float64, skips and overflows so far.
-      clips: outermost first.
       records: the records themselves.
+      guards: the outer ones first.
+      clips: outermost first.
+      happenings: everything else.
+      levels: the loss scale and the factor of a back-off, by their names.
+      norm: float64, gradient norm of the only guard, or as the user recorded it.
+      received: float64, the norm after all clips whose factor is that of the whole gradient.
+      threshold: float64, as the user recorded it.
     """
 
     steps: np.ndarray
-    norm: np.ndarray
-    after_clip: np.ndarray
-    threshold: np.ndarray
-    skipped: np.ndarray
-    skipped_total: np.ndarray
-    clips: tuple[Clip, ...]
     records: list[Record]
+    guards: tuple[Guard, ...]
+    clips: tuple[Clip, ...]
+    happenings: tuple[Happening, ...]
+    levels: dict[str, np.ndarray]
+    norm: np.ndarray
+    received: np.ndarray
+    threshold: np.ndarray
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Whether any guard skipped a call since the record before, bool ``[records]``."""
+        return _any([guard.skipped for guard in self.guards], len(self.steps))
 
     @property
     def clipped(self) -> np.ndarray:
-        """Whether any clip acted, bool ``[records]``."""
-        acted = [clip.acted for clip in self.clips]
-        return np.any([np.zeros(len(self.steps), bool), *acted], axis=0)
+        """Whether any clip acted since the record before, bool ``[records]``."""
+        return _any([clip.acted for clip in self.clips], len(self.steps))
+
+    def has(self, kind: str) -> list[Happening]:
+        """The happenings of a kind."""
+        return [happening for happening in self.happenings if happening.kind == kind]
 
 
-def find_events(records: Sequence[Record]) -> Events:
+def find_events(records: Sequence[Record], about: About | None = None) -> Events:
     """Reads the counters; a counter that jumps back belongs to a new run."""
+    about = about or About()
     records = sorted(records, key=lambda record: record[STEP])
-    keys = list(dict.fromkeys(key for record in records for key in record))
-    count = len(records)
+    steps = np.array([record[STEP] for record in records], dtype=np.int64)
 
     def series(key: str) -> np.ndarray:
         return np.array([record.get(key, np.nan) for record in records], dtype=float)
 
-    none = np.zeros(count)
-    skip_totals = [series(key) for key in keys if _SKIP_TOTAL.fullmatch(key)]
-    skip_flags = [series(key) == 1 for key in keys if _SKIP_FLAG.fullmatch(key)]
-    now = np.any([none > 0, *skip_flags], axis=0)
-    skipped = np.any([now, *(_has_risen(total) for total in skip_totals)], axis=0)
+    fields = _fields_of_places(records)
+    guards = tuple(_guard(place, series) for place in fields if "skipped_in_a_row" in fields[place])
+    now = _any([series(guard.place + "last_step_skipped") == 1 for guard in guards], len(steps))
     clips = tuple(
-        _clip(match[1], series, now) for match in map(_SCALE.fullmatch, keys) if match is not None
+        _clip(place, series, now) for place in fields if "recent_clip_rate" in fields[place]
     )
-    norm = series(next((key for key in ("guard/grad_norm", "grad_norm") if key in keys), ""))
-    after_clip = np.full(count, np.nan)
-    if clips:
-        did_act = clips[0].acted & ~now & (clips[0].scale != 1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            after_clip = np.where(did_act, norm * clips[0].scale, np.nan)
+    norm = guards[0].norm if len(guards) == 1 else series("grad_norm")
     return Events(
-        steps=np.array([record[STEP] for record in records], dtype=np.int64),
-        norm=norm,
-        after_clip=after_clip,
-        threshold=series("threshold"),
-        skipped=skipped,
-        skipped_total=np.sum([none, *map(np.nan_to_num, skip_totals)], axis=0),
-        clips=clips,
+        steps=steps,
         records=records,
+        guards=guards,
+        clips=clips,
+        happenings=tuple(_happenings(fields, series)),
+        levels=_levels(fields, series),
+        norm=norm,
+        received=_received(norm, now, [clip for clip in clips if clip.place in about.uniform]),
+        threshold=series("threshold"),
     )
 
 
-def _clip(stem: str, series: Callable[[str], np.ndarray], skipped_now: np.ndarray) -> Clip:
-    total = np.fmax(series(f"{stem}_total"), series(f"{stem}_clipped_total"))
-    scale = series(f"{stem}_last_scale")
-    acted = _has_risen(total)
+def _fields_of_places(records: Sequence[Record]) -> dict[str, set[str]]:
+    """For each state, by the place of its metrics, what it has recorded."""
+    fields: dict[str, set[str]] = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        if key.startswith(_PREFIX):
+            place, _, field = key.rpartition("/")
+            fields.setdefault(place + "/", set()).add(field)
+    return fields
+
+
+def _label(place: str) -> str:
+    """``"embed/clip_by_norm 2"`` for the second of a kind in a group."""
+    head, _, number = place.removeprefix(_PREFIX).rstrip("/").rpartition("/")
+    return f"{head} {number}" if head and number.isdigit() else f"{head}/{number}".lstrip("/")
+
+
+def _guard(place: str, series: Series) -> Guard:
+    calls, total = series(place + "guard_step"), series(place + "skipped_total")
+    is_fresh = has_risen(calls)
+    is_fresh[:1] = calls[:1] > 0
+    is_fresh[1:] |= calls[1:] < calls[:-1]  # another run
+    flag = series(place + "last_step_skipped") == 1
+    skipped = has_risen(total)
+    skipped[:1] |= flag[:1]
+    norm = np.where(is_fresh, series(place + "grad_norm"), np.nan)
+    return Guard(place, _label(place), calls, total, skipped, is_fresh, norm)
+
+
+def _clip(place: str, series: Series, skipped_now: np.ndarray) -> Clip:
+    total, scale = series(place + "clipped_total"), series(place + "last_scale")
+    acted = has_risen(total)
     acted[:1] |= (scale[:1] != 1) & (total[:1] > 0) & ~skipped_now[:1]
-    return Clip(stem.removeprefix("guard/"), total, acted, scale)
+    factory = [part for part in place.split("/") if part and not part.isdigit()][-1]
+    return Clip(
+        place,
+        _label(place),
+        factory,
+        series(place + "steps"),
+        total,
+        acted,
+        scale,
+        series(place + "recent_clip_rate"),
+        series(place + "recent_scale"),
+    )
 
 
-def _has_risen(total: np.ndarray) -> np.ndarray:
+def _received(norm: np.ndarray, skipped: np.ndarray, clips: Sequence[Clip]) -> np.ndarray:
+    """What came out of the clips, in steps that were not skipped."""
+    if not any(np.any(clip.scale != 1) for clip in clips):
+        return np.full(len(norm), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = np.prod([np.nan_to_num(clip.scale, nan=1.0) for clip in clips], axis=0)
+        return np.where(skipped, np.nan, norm * factor)
+
+
+def _happenings(fields: dict[str, set[str]], series: Series) -> list[Happening]:
+    """By what only states of their kind have recorded."""
+    kinds = (
+        ("overflow", "overflows_total", "last_step_overflowed"),
+        ("rollback", "rollbacks_total", "last_step_rolled_back"),
+        ("zeroed", "zeroed_steps_total", ""),
+    )
+    found = []
+    for place, names in fields.items():
+        for kind, total_name, flag_name in kinds:
+            if total_name in names:
+                total, flag = series(place + total_name), series(place + flag_name) == 1
+                happened = has_risen(total)
+                happened[:1] |= flag[:1]
+                found.append(Happening(kind, _label(place), happened, total))
+        if "steps_left" in names:  # rises with every skip
+            happened = has_risen(series(place + "steps_left"))
+            found.append(Happening("back-off", _label(place), happened, np.cumsum(happened) * 1.0))
+        if "microbatch_skipped" in names:
+            happened = series(place + "microbatch_skipped") == 1
+            counted = [name for name in names if name.endswith("_total")]
+            total = series(place + counted[0]) if counted else np.cumsum(happened) * 1.0
+            happened = happened | has_risen(total)
+            found.append(Happening("micro-batch", _label(place), happened, total))
+    return found
+
+
+def _levels(fields: dict[str, set[str]], series: Series) -> dict[str, np.ndarray]:
+    names = (("loss_scale", "loss scale"), ("factor", "step factor"))
+    return {
+        title: series(place + field)
+        for field, title in names
+        for place in fields
+        if field in fields[place]
+    }
+
+
+def has_risen(total: np.ndarray) -> np.ndarray:
     """Whether a counter is higher than in the record before that has it."""
     risen = np.zeros(len(total), bool)
     known = np.flatnonzero(np.isfinite(total))
@@ -113,14 +247,42 @@ def _has_risen(total: np.ndarray) -> np.ndarray:
     return risen
 
 
-def leaf_norms(events: Events) -> tuple[np.ndarray, np.ndarray]:
-    """Steps ``[n]`` and norms ``[n, leaves]`` of the records that have as many as the last one."""
+def total_of(counter: np.ndarray, events: Events) -> int:
+    """The last value of a counter, and what it had reached before it jumped back.
+
+    It starts from zero in another run, and where it was earlier after a return to a snapshot.
+    """
+    known = np.isfinite(counter)
+    if not known.any():
+        return 0
+    values = counter[known]
+    went_back = _any([found.happened for found in events.has("rollback")], len(counter))[known]
+    steps = np.diff(values)
+    steps = np.where(steps >= 0, steps, np.where(went_back[1:], 0, values[1:]))
+    return int(values[0] + steps.sum())
+
+
+def _any(flags: Sequence[np.ndarray], count: int) -> np.ndarray:
+    return np.any([np.zeros(count, bool), *flags], axis=0)
+
+
+def leaf_norms(events: Events) -> tuple[np.ndarray, np.ma.MaskedArray]:
+    """Steps ``[n]`` and norms ``[n, leaves]``, masked where none was measured.
+
+    Of the records that have as many as the last one, and in which a guard was called.
+    """
+    fresh = np.ones(len(events.steps), bool)
+    if events.guards:
+        fresh = _any([guard.is_fresh for guard in events.guards], len(events.steps))
     found = [
         (step, record[LEAF_NORMS])
-        for step, record in zip(events.steps, events.records, strict=True)
-        if record.get(LEAF_NORMS)
+        for step, record, is_fresh in zip(events.steps, events.records, fresh, strict=True)
+        if is_fresh and record.get(LEAF_NORMS)
     ]
     found = [(step, norms) for step, norms in found if len(norms) == len(found[-1][1])]
     steps = np.array([step for step, _ in found], dtype=np.int64)
-    norms = np.array([norms for _, norms in found], dtype=float)
-    return steps, norms if found else np.zeros((0, 0))
+    if not found:
+        return steps, np.ma.zeros((0, 0))
+    rows = [norms for _, norms in found]
+    is_missing = np.array([[norm is None for norm in norms] for norms in rows])
+    return steps, np.ma.masked_array(np.array(rows, dtype=float), is_missing)

@@ -1,9 +1,13 @@
-"""Copies the numbers of an optimizer state without waiting for the step that makes them."""
+"""Copies the numbers of an optimizer state without waiting for the step that makes them.
+
+The states of this library keep their numbers in a few packed vectors. These go into one compiled
+call, which reads them by name and writes all numbers, bit for bit, into one vector of words: a new
+buffer, which nobody donates, and one transfer instead of thirty.
+"""
 
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,68 +16,154 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_guard.reading.find import find_outer_guards, refuse_batched, refuse_tracers
-from optax_guard.reading.metrics import first_leaf, metrics
-from optax_guard.reading.names import NamedLeaf, guard_leaf_names
+from optax_guard._core.states import PackedState
+from optax_guard.reading.find import find_outer_guards, find_states, refuse_batched
+from optax_guard.reading.metrics import metrics
+from optax_guard.reading.names import NamedLeaf
+from optax_guard.runlog.about import About, describe
 
 STEP = "step"
 LEAF_NORMS = "leaf_norms"
+FAULT_LEAVES = "fault_leaves"
+FAULT_STEPS = "fault_steps"  # of the outermost guards; never leaves the host
+_LISTS = (LEAF_NORMS, FAULT_LEAVES, FAULT_STEPS)
+_VECTORS = ("integers", "numbers")
+_UNMEASURED = -1.0  # in place of a norm, on the way to the host
 _WORD = np.dtype(np.uint32)
 
 Record = dict[str, Any]
 
 
-class Layout(NamedTuple):
-    """Where the numbers of a state are found among its leaves.
+class Part(NamedTuple):
+    """A number or a list of them in the vector of words.
 
     Attributes:
-      metrics: ``(name, position)`` of each scalar.
-      norms: position of the ``leaf_norms`` of each outermost guard.
-      leaf_names: of all elements of ``leaf_norms``.
+      name: of the number.
+      is_bool: whether they are flags.
+      carrier: name of the dtype that they travel as.
+      num_words: that they take.
     """
 
-    metrics: tuple[tuple[str, int], ...]
-    norms: tuple[int, ...]
-    leaf_names: tuple[str, ...]
+    name: str
+    is_bool: bool
+    carrier: str
+    num_words: int
+
+
+def _part(name: str, size: int, dtype: Any) -> Part:
+    carrier = _carrier(dtype)
+    words = size * carrier.itemsize // _WORD.itemsize
+    return Part(name, jnp.issubdtype(dtype, jnp.bool_), carrier.name, words)
+
+
+class Layout(NamedTuple):
+    """What of a state is fetched, and what arrives.
+
+    Attributes:
+      treedef: structure of the state.
+      places: of the packed vectors, among the leaves of the state.
+      shapes: of these vectors.
+      parts: what arrives, in its order.
+      about: what its names mean.
+    """
+
+    treedef: Any
+    places: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...]
+    about: About
+
+    def matches(self, leaves: Sequence[Any]) -> bool:
+        """Whether a state of this structure, given by its leaves, has the same shapes too."""
+        return self.shapes == tuple([np.shape(leaf) for leaf in self.pick(leaves)])
+
+    def pick(self, leaves: Sequence[Any]) -> list[Any]:
+        """The packed vectors."""
+        return [leaves[place] for place in self.places]
 
 
 def find_layout(opt_state: Any, params: Sequence[NamedLeaf] | None) -> Layout:
     """Looks for the numbers of ``opt_state`` once, so that later steps need not."""
     leaves, treedef = jax.tree.flatten(opt_state)
-    guards = find_outer_guards(opt_state)
-    for guard in guards:
-        refuse_batched("History.append", first_leaf(guard.state.guard_step))
-    # The same tree with the position of each leaf as its value; scalars stay scalars.
-    shapes = ((1,) * np.ndim(leaf) for leaf in leaves)
-    positions = treedef.unflatten([np.full(shape, i) for i, shape in enumerate(shapes)])
-    scalars = tuple((name, int(position)) for name, position in metrics(positions).items())
-    if not scalars:
+    indexed = treedef.unflatten(range(len(leaves)))
+    states = find_states(opt_state)
+    if not states:
         raise ValueError(
             f"No state of optax_guard was found in the given {type(opt_state).__name__}. Pass the "
             "optimizer state of og.guard(...) or og.stabilize(...), or None to record only the "
             "scalars given by name."
         )
-    norms = tuple(
-        int(first_leaf(guard.state.leaf_norms).item()) for guard in find_outer_guards(positions)
-    )
-    names = [name for guard in guards for name in guard_leaf_names(guard, params).names]
-    return Layout(scalars, norms, tuple(names))
+    owned = [_own_leaves(found.state) for found in find_states(indexed)]
+    places = tuple(place for own in owned for place in own)
+    vectors = [leaves[place] for place in places]
+    for found, own in zip(states, owned, strict=True):
+        shape = np.shape(leaves[own[0]])
+        is_packed = isinstance(found.state, PackedState)
+        refuse_batched("History.append", np.empty(shape[:-1] if is_packed else shape))
+    shaped = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in vectors]
+    names: list[str] = []
+
+    def read(vectors):
+        pairs = _read(treedef, places, vectors)
+        names[:] = [name for name, _ in pairs]
+        return [array for _, array in pairs]
+
+    arriving = zip(names, jax.eval_shape(read, shaped), strict=True)
+    parts = [_part(name, int(np.prod(x.shape)), x.dtype) for name, x in arriving]
+    about = describe(opt_state, indexed, owned, params)
+    return Layout(treedef, places, tuple(map(np.shape, vectors)), tuple(parts), about)
+
+
+def _own_leaves(state: Any) -> list[int]:
+    """Of a state with indices for leaves, those of the vectors that hold its numbers."""
+    fields = [name for name in _VECTORS if hasattr(state, name)]
+    if not isinstance(state, PackedState):
+        fields = list(state._fields)
+    return [jax.tree.leaves(getattr(state, name))[0] for name in fields]
+
+
+def _read(treedef: Any, places: Sequence[int], vectors: Sequence[Any]) -> list[tuple[str, Any]]:
+    """All numbers by name, of a state of which only the packed vectors are there."""
+    leaves: list[Any] = [None] * treedef.num_leaves
+    for place, vector in zip(places, vectors, strict=True):
+        leaves[place] = jnp.asarray(vector)
+    opt_state = treedef.unflatten(leaves)
+    found: list[tuple[str, Any]] = list(metrics(opt_state).items())
+    for guard in find_outer_guards(opt_state):
+        state = guard.state
+        is_measured = (state.guard_step > 0) & ~state.unused_leaves
+        norms = jnp.where(is_measured, state.leaf_norms, _UNMEASURED)
+        found += [(LEAF_NORMS, norms), (FAULT_LEAVES, state.last_fault_leaves)]
+        found += [(FAULT_STEPS, state.last_fault_step)]
+    return found
 
 
 class Pending:
     """Numbers on their way to the host, as one small array."""
 
-    def __init__(self, names: Sequence[str], arrays: Sequence[Any], known: Record):
-        """Starts the copy; ``known`` are the numbers that are on the host already."""
+    def __init__(
+        self,
+        known: Record,
+        scalars: dict[str, Any],
+        layout: Layout | None = None,
+        vectors: Sequence[Any] = (),
+    ):
+        """Starts the copy.
+
+        Args:
+          known: numbers that are on the host already.
+          scalars: scalar arrays by name.
+          layout: that of the state.
+          vectors: of the state, picked by the layout.
+        """
         self._known = known
-        # Slices in steps of words, and what they hold.
-        self._parts = [
-            (name, array.size, array.dtype) for name, array in zip(names, arrays, strict=True)
-        ]
+        self._scalars = [_part(name, 1, array.dtype) for name, array in scalars.items()]
+        self._parts = layout.parts if layout else ()
         self._packed: Any = None
-        if arrays:
-            # A new buffer, which nobody donates.
-            self._packed = _pack(_on_one_device(arrays))
+        if vectors or scalars:
+            arrays = _on_one_device([*scalars.values(), *vectors])
+            pack = _packer(layout and layout.treedef, layout.places if layout else ())
+            self._packed = pack(arrays[: len(scalars)], arrays[len(scalars) :])
             self._packed.copy_to_host_async()
 
     def is_ready(self) -> bool:
@@ -81,21 +171,29 @@ class Pending:
         return self._packed is None or self._packed.is_ready()
 
     def get(self) -> Record:
-        """The numbers as Python numbers, and ``leaf_norms`` as a list."""
-        if self._packed is None:
-            return dict(self._known)
-        record, norms, start = dict(self._known), None, 0
-        words = np.asarray(self._packed)
-        for name, size, dtype in self._parts:
-            carrier = _carrier(dtype)
-            stop = start + size * carrier.itemsize // _WORD.itemsize
-            values = words[start:stop].view(carrier).tolist()
-            start = stop
-            if name == LEAF_NORMS:
-                norms = [*(norms or ()), *values]
+        """The numbers as Python numbers; lists of those that there is one of for each leaf.
+
+        A norm that was not measured is None. ``fault_leaves`` are indices.
+        """
+        record, lists, start = dict(self._known), {}, 0
+        words = np.zeros(0, _WORD) if self._packed is None else np.asarray(self._packed)
+        views = {name: words.view(name).tolist() for name in ("int32", "float32")}
+        for name, is_bool, carrier, num_words in (*self._scalars, *self._parts):
+            stop = start + num_words
+            if carrier in views:
+                values = views[carrier][start:stop]
             else:
-                record[name] = bool(values[0]) if dtype.kind == "b" else values[0]
-        return record if norms is None else record | {LEAF_NORMS: norms}
+                values = words[start:stop].view(carrier).tolist()
+            start = stop
+            if name in _LISTS:
+                lists.setdefault(name, []).extend(values)
+            else:
+                record[name] = bool(values[0]) if is_bool else values[0]
+        if not lists:
+            return record
+        norms = [None if norm == _UNMEASURED else norm for norm in lists[LEAF_NORMS]]
+        lists[FAULT_LEAVES] = [index for index, bad in enumerate(lists[FAULT_LEAVES]) if bad]
+        return record | lists | {LEAF_NORMS: norms}
 
 
 @functools.cache
@@ -107,17 +205,25 @@ def _carrier(dtype: Any) -> np.dtype:
     return np.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
 
 
-@jax.jit
-def _pack(arrays: Sequence[Any]) -> jax.Array:
-    """All of them, bit for bit, in one vector: one transfer instead of twenty."""
-    carried = [jnp.ravel(array).astype(_carrier(array.dtype)) for array in arrays]
-    words = [jnp.ravel(lax.bitcast_convert_type(array, _WORD)) for array in carried]
-    # Written one after the other: XLA:CPU takes ten times as long for a concatenation.
-    packed, start = jnp.zeros(sum(part.size for part in words), _WORD), 0
-    for part in words:
-        packed = lax.dynamic_update_slice(packed, part, (start,))
-        start += part.size
-    return packed
+@functools.lru_cache(maxsize=128)
+def _packer(treedef: Any, places: tuple[int, ...]) -> Any:
+    """The compiled function ``scalars, vectors -> words``."""
+
+    @jax.jit
+    def pack(scalars, vectors):
+        arrays = [*scalars]
+        if treedef is not None:
+            arrays += [array for _, array in _read(treedef, places, vectors)]
+        carried = [jnp.ravel(array).astype(_carrier(array.dtype)) for array in arrays]
+        words = [jnp.ravel(lax.bitcast_convert_type(array, _WORD)) for array in carried]
+        # Written one after the other: XLA:CPU takes ten times as long for a concatenation.
+        packed, start = jnp.zeros(sum(part.size for part in words), _WORD), 0
+        for part in words:
+            packed = lax.dynamic_update_slice(packed, part, (start,))
+            start += part.size
+        return packed
+
+    return pack
 
 
 def _on_one_device(arrays: Sequence[Any]) -> list[Any]:
@@ -138,47 +244,3 @@ def _local_copy(array: Any) -> Any:
     if array.is_fully_replicated:
         return array.addressable_data(0)
     return jax.device_put(array, jax.local_devices()[0])
-
-
-def split_scalars(scalars: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
-    """Numbers of the host, and arrays still to be fetched.
-
-    Raises:
-      ValueError: if a value is no scalar, or has a reserved name.
-      TypeError: if a value is no real number, or a tracer.
-    """
-    known: Record = {}
-    arrays = {}
-    refuse_tracers("History.append", list(scalars.values()))
-    for name, value in scalars.items():
-        if name in (STEP, LEAF_NORMS):
-            raise ValueError(f"{name!r} is a name that og.History uses itself; take another one.")
-        if isinstance(value, jax.Array) and value.ndim == 0 and _is_real(value.dtype):
-            arrays[name] = value
-        elif np.ndim(value):
-            raise ValueError(
-                f"{name} must be a scalar, got an array of shape {np.shape(value)}. Record its "
-                "mean, or its elements under names of their own."
-            )
-        elif isinstance(value, (np.ndarray, np.generic)) and _is_real(value.dtype):
-            known[name] = _to_python(value)
-        elif isinstance(value, bool):
-            known[name] = value
-        elif isinstance(value, numbers.Real):
-            known[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
-        else:
-            raise TypeError(
-                f"{name} must be a real number, got {value!r} of type {type(value).__name__}."
-            )
-    return known, arrays
-
-
-def _is_real(dtype: Any) -> bool:
-    real = (jnp.floating, jnp.integer, jnp.bool_)
-    return dtype.kind in "fiub" or any(jnp.issubdtype(dtype, kind) for kind in real)
-
-
-def _to_python(value: Any) -> bool | int | float:
-    if value.dtype == bool:
-        return bool(value)
-    return float(value) if jnp.issubdtype(value.dtype, jnp.floating) else int(value)

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optax_guard.runlog.fetch import LEAF_NORMS, STEP, Record
+from optax_guard.runlog.about import About
+from optax_guard.runlog.fetch import FAULT_LEAVES, LEAF_NORMS, STEP, Record
 
 LEAF_NAMES = "leaf_names"
+ABOUT = "about"
 RESUMED = "resumed"
 
 # RFC 8259 has no such numbers. These are the words of the JSON form of protocol buffers.
@@ -25,14 +27,14 @@ class Contents(NamedTuple):
 
     Attributes:
       records: in the order of the file, without those that a resumed run has repeated.
-      leaf_names: names of the leaf norms, if the file tells.
+      about: what the names in the records mean, as far as the file tells.
       good_bytes: length of the file without a torn last line.
       is_torn: whether there is one.
       ends_line: whether what is good ends with a line break.
     """
 
     records: list[Record]
-    leaf_names: tuple[str, ...] | None
+    about: About
     good_bytes: int
     is_torn: bool
     ends_line: bool
@@ -69,20 +71,28 @@ def decode(line: bytes) -> Record:
     content = json.loads(line)
     if not isinstance(content, dict):
         raise ValueError("a record is an object with a step")
-    record = {
-        key: value if key == LEAF_NAMES else _unspell(value) for key, value in content.items()
-    }
-    lists = {key: record.pop(key) for key in (LEAF_NORMS, LEAF_NAMES) if key in record}
+    lists = {key: content.pop(key) for key in _KINDS if key in content}
+    record = {key: _unspell(value) for key, value in content.items()}
     for key, value in record.items():
         if not isinstance(value, (bool, int, float)):
             raise ValueError(f"{key} is no number")
     if type(record.get(STEP)) is not int:
         raise ValueError("a record has a step, which is an integer")
-    for key, kind in ((LEAF_NORMS, (int, float)), (LEAF_NAMES, str)):
-        elements = lists.get(key, [])
-        if not isinstance(elements, list) or not all(isinstance(item, kind) for item in elements):
-            raise ValueError(f"{key} is no list of the right kind")
+    if LEAF_NORMS in lists:
+        lists[LEAF_NORMS] = _unspell(lists[LEAF_NORMS])
+    for key, elements in lists.items():
+        container, kinds = _KINDS[key]
+        if not isinstance(elements, container) or not all(isinstance(e, kinds) for e in elements):
+            raise ValueError(f"{key} is no {container.__name__} of the right kind")
     return record | lists
+
+
+_KINDS: dict[str, tuple[type, Any]] = {
+    LEAF_NORMS: (list, (int, float, type(None))),
+    FAULT_LEAVES: (list, int),
+    LEAF_NAMES: (list, str),
+    ABOUT: (dict, str),
+}
 
 
 def read(path: Path) -> Contents:
@@ -94,26 +104,44 @@ def read(path: Path) -> Contents:
     """
     lines = path.read_bytes().splitlines(keepends=True)
     records: list[Record] = []
-    names: tuple[str, ...] | None = None
+    about = About()
     good_bytes = 0
     for number, line in enumerate(lines, 1):
         try:
             record = decode(line)
-        except (ValueError, RecursionError) as error:
+            about = _pop_about(record, about)
+        except (ValueError, TypeError, RecursionError) as error:
             is_begun = line.startswith(_FIRST_BYTES) and not line.endswith(b"\n")
             if number == len(lines) and (records or is_begun):
-                return Contents(records, names, good_bytes, is_torn=True, ends_line=True)
+                return Contents(records, about, good_bytes, is_torn=True, ends_line=True)
             raise ValueError(
                 f"{path} is no history, or a damaged one: line {number} is not a record "
                 f"({error}). og.History writes one JSON object a line, each with a step."
             ) from error
         good_bytes += len(line)
-        names = tuple(record.pop(LEAF_NAMES, names or ())) or None
         if record.pop(RESUMED, False):
             records = [earlier for earlier in records if earlier[STEP] < record[STEP]]
         records.append(record)
     ends_line = not lines or lines[-1].endswith(b"\n")
-    return Contents(records, names, good_bytes, is_torn=False, ends_line=ends_line)
+    return Contents(records, about, good_bytes, is_torn=False, ends_line=ends_line)
+
+
+def _about_fields(about: About) -> Record:
+    rest = {key: value for key, value in about._asdict().items() if value and key != LEAF_NAMES}
+    names = {LEAF_NAMES: list(about.leaf_names)} if about.leaf_names else {}
+    return names | ({ABOUT: rest} if rest else {})
+
+
+def _pop_about(record: Record, before: About) -> About:
+    names, rest = record.pop(LEAF_NAMES, None), record.pop(ABOUT, None)
+    if names is None and rest is None:
+        return before
+    found = {key: value for key, value in (rest or {}).items() if key in About._fields}
+    conditions = found.pop("conditions", {})
+    return About(**{key: tuple(value) for key, value in found.items()})._replace(
+        leaf_names=tuple(names or ()),
+        conditions={place: tuple(value) for place, value in conditions.items()},
+    )
 
 
 class LineWriter:
@@ -129,14 +157,14 @@ class LineWriter:
             self._file.truncate(contents.good_bytes)
             if not contents.ends_line:
                 self._write(b"\n")
-        self.leaf_names = contents.leaf_names if contents else None
+        self.about = contents.about if contents else About()
 
-    def append(self, record: Record, leaf_names: tuple[str, ...] | None) -> None:
+    def append(self, record: Record, about: About) -> None:
         """Writes a line; names are written with the first one, and again when they change."""
         extra: Record = {RESUMED: True} if self._is_resumed else {}
-        if leaf_names and leaf_names != self.leaf_names:
-            extra[LEAF_NAMES] = list(leaf_names)
-            self.leaf_names = leaf_names
+        if about is not self.about and about != self.about:
+            extra |= _about_fields(about)
+        self.about = about
         self._is_resumed = False
         self._write(encode(record | extra).encode() + b"\n")
 
@@ -149,14 +177,14 @@ class LineWriter:
         self._file.close()
 
 
-def write_all(path: Path, records: list[Record], leaf_names: tuple[str, ...] | None) -> None:
+def write_all(path: Path, records: list[Record], about: About) -> None:
     """Writes a whole file, which replaces ``path`` only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
             for number, record in enumerate(records):
-                extra = {LEAF_NAMES: list(leaf_names)} if leaf_names and number == 0 else {}
+                extra = _about_fields(about) if number == 0 else {}
                 file.write(encode(record | extra).encode() + b"\n")
         os.replace(unfinished, path)
     finally:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import numbers
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,23 @@ from optax_guard.reading.find import refuse_tracers
 from optax_guard.reading.names import NamedLeaf, gradient_leaves
 from optax_guard.runlog import file as _file
 from optax_guard.runlog.fetch import (
+    FAULT_LEAVES,
     LEAF_NORMS,
     STEP,
     Layout,
     Pending,
     Record,
     find_layout,
-    split_scalars,
 )
+from optax_guard.runlog.log import Log, as_sinks
+from optax_guard.runlog.scalars import check_step, split_scalars
 from optax_guard.runlog.summary import summarize
-
-Sink = Callable[[Record, int], object]
-
-# Records that may wait for their step to finish; a kill loses no more than these.
-_MOST_PENDING = 32
 
 
 class History:
     """Records what every state of this library says, step after step, and draws it.
 
-    ``append`` copies the scalars that :func:`metrics` finds, and the norms of all leaves that the
+    ``append`` copies the scalars that :func:`metrics` finds, and the norms of all layers that the
     outermost guards saw, into one small array on the device, starts its transfer, and returns. A
     record is written by a later call once its numbers have arrived, so that the step is not
     waited for, and a loop that donates its state does not take them away. Only when 32 records
@@ -52,16 +46,21 @@ class History:
     strings "NaN", "Infinity" and "-Infinity", and read back as numbers. Without a path, records
     are kept in memory: about 2 kB each, and 32 bytes for each leaf.
 
-    A record is a dict of ``step``, the keys of :func:`metrics`, ``leaf_norms`` (a list, if there
-    is a guard) and the scalars given by name. With several processes only the first one records.
+    A record is a dict of ``step``, the keys of :func:`metrics`, the scalars given by name and, if
+    there is a guard, ``leaf_norms``: a list, with None for what was not measured (an unused
+    gradient, a guard not called yet). After a fault it has ``fault_leaves``, the indices of the
+    leaves that were not finite. Steps are numbered as ``append`` is told, and :func:`explain`
+    counts from 0: the same in a loop over ``range()``. With several processes only the first one
+    records.
 
     Args:
       path: file to write, by custom ``*.jsonl``, or None. Its folder is made.
       every: record a step if it is divisible by this.
       sinks: where else each record goes: objects with ``add_scalar(name, value, step)``, such as
         the writers of TensorBoard, or callables ``(dict, step)``, such as
-        ``lambda row, step: wandb.log(row, step=step)``. They get no ``leaf_norms``. What they
-        raise is raised by the ``append`` or ``flush`` that called them.
+        ``lambda row, step: wandb.log(row, step=step)``. They get the norm of each layer under
+        ``layers/<name>``, too. What they raise is raised by the ``append`` or ``flush`` that called
+        them.
       params: the parameters, or a tree of their structure, for the names of the leaves.
 
     Raises:
@@ -104,7 +103,7 @@ class History:
         self._is_recording = jax.process_index() == 0
         self._is_torn = False
         path = None if path is None else Path(path)
-        self._log = _Log(path if self._is_recording else None, _as_sinks(sinks))
+        self._log = Log(path if self._is_recording else None, as_sinks(sinks))
         self._finalizer = weakref.finalize(self, self._log.close)
 
     def append(self, step: int | jax.Array, opt_state: Any, **scalars: Any) -> None:
@@ -127,7 +126,7 @@ class History:
         is_on_device = isinstance(step, jax.Array)
         if type(step) is not int:
             refuse_tracers("History.append", step)
-            _check_step(step)
+            check_step(step)
         if not self._is_recording or not (is_on_device or step % self._every == 0):
             return
         known, arrays = split_scalars(scalars)
@@ -135,22 +134,18 @@ class History:
             arrays[STEP] = step
         else:
             known[STEP] = int(step)
-        names, values = list(arrays), list(arrays.values())
-        if opt_state is not None:
-            leaves, layout = self._look_into(opt_state)
-            names += [name for name, _ in layout.metrics] + [LEAF_NORMS] * len(layout.norms)
-            positions = [position for _, position in layout.metrics] + list(layout.norms)
-            values += [leaves[position] for position in positions]
-            refuse_tracers("History.append", values)
-            self._log.leaf_names = layout.leaf_names or self._log.leaf_names
-        self._log.add(Pending(names, values, known), self._every)
-
-    def _look_into(self, opt_state: Any) -> tuple[list[Any], Layout]:
+        if opt_state is None:
+            return self._log.add(Pending(known, arrays), self._every)
         leaves, treedef = jax.tree.flatten(opt_state)
         layout = self._layouts.get(treedef)
-        if layout is None:
+        if layout is None or not layout.matches(leaves):
+            refuse_tracers("History.append", leaves)
             layout = self._layouts[treedef] = find_layout(opt_state, self._leaves)
-        return leaves, layout
+        vectors = layout.pick(leaves)
+        refuse_tracers("History.append", vectors)
+        if layout.about.leaf_names or not self._log.about.leaf_names:
+            self._log.about = layout.about
+        return self._log.add(Pending(known, arrays, layout, vectors), self._every)
 
     @property
     def records(self) -> list[Record]:
@@ -161,7 +156,7 @@ class History:
     @property
     def leaf_names(self) -> tuple[str, ...]:
         """Names of the elements of ``leaf_norms``; numbered if no parameters were given."""
-        return self._log.leaf_names or ()
+        return self._log.about.leaf_names
 
     @property
     def is_torn(self) -> bool:
@@ -204,7 +199,7 @@ class History:
         contents = _file.read(Path(path))
         history = cls()
         history._log.memory = contents.records
-        history._log.leaf_names = contents.leaf_names
+        history._log.about = contents.about
         history._is_torn = contents.is_torn
         return history
 
@@ -221,18 +216,20 @@ class History:
         if log_path is not None and path.resolve() == log_path.resolve():
             raise ValueError(f"{path} is the file that this history writes itself; call flush().")
         if self._is_recording:
-            _file.write_all(path, self.records, self.leaf_names)
+            _file.write_all(path, self.records, self._log.about)
         return path
 
     def plot(self, path: str | Path) -> Path:
         """Draws the run and returns the path of the picture: PNG, SVG or PDF, by its ending.
 
-        Above the loss, if it was recorded; then the gradient norm before any clipping and the
-        limit, on a logarithmic axis, with a mark for every clip and every skip; below a map of
-        the norms of all leaves over time. The limit is ``threshold`` if that was recorded, else
-        the norm times the smallest factor of the outermost clip in each step that was clipped,
-        which is the limit if the clip has ``scope="global"``. With ``every`` above 1, clips and
-        skips between two records are marked at the later one.
+        Above the loss, if it was recorded; then the gradient norm before any clipping, on a
+        logarithmic axis, what is left of it after all clips, and marks for cuts, skips, overflows
+        of a loss scale, returns and micro-batches left out; loss scale and back-off, if there are;
+        below a map of the norms of all layers over time, in which many layers share lines. The norm
+        after the clips is the norm times their factors, of those that scale the whole gradient by one (a
+        ``clip_by_norm`` is taken for such). ``threshold`` is drawn if that was recorded. With
+        ``every`` above 1, what happened between two records is marked at the later one. A path
+        without an ending gets ``.png``.
 
         Raises:
           ImportError: if matplotlib is missing.
@@ -240,107 +237,44 @@ class History:
         """
         from optax_guard.runlog.plot import draw
 
+        path = Path(path)
+        path = path if path.suffix else path.with_suffix(".png")
         if self._is_recording:
-            draw(self.records, self.leaf_names, Path(path))
+            draw(self.records, self._log.about, path)
+        return path
+
+    def report(self, path: str | Path, *, title: str = "Training run") -> Path:
+        """Writes summary and picture as one HTML file and returns its path.
+
+        The file holds all that it shows: it needs no other and no network.
+
+        Raises:
+          ImportError: if matplotlib is missing.
+          ValueError: if nothing was recorded.
+        """
+        from optax_guard.runlog.report import write_report
+
+        if self._is_recording:
+            write_report(self.records, self._log.about, Path(path), title=title)
         return Path(path)
 
     def summary(self) -> str:
-        """Counts of skips and clips, and tables of scalars and layers, as text.
+        """What happened in words, and tables of scalars and layers, as text.
 
+        Skips with step, reason, condition and layers; overflows, returns, back-offs and
+        micro-batches left out; how often each clip cut, with advice where that is most of the time
+        (``recent_clip_rate`` above one half after 100 steps and more). Totals are of all steps.
         With rich installed the tables have lines; the numbers are the same.
         """
-        return summarize(self.records, self.leaf_names)
-
-
-class _Log:
-    """Records on their way and where they go; outlives its :class:`History` for the last flush."""
-
-    def __init__(self, path: Path | None, sinks: tuple[Sink, ...]):
-        self.path = path
-        self.memory: list[Record] = []
-        self.leaf_names: tuple[str, ...] | None = None
-        self.is_closed = False
-        self._sinks = sinks
-        self._pending: deque[tuple[Pending, int]] = deque()
-        self._writer = None if path is None else _file.LineWriter(path)
-        if self._writer is not None:
-            self.leaf_names = self._writer.leaf_names
-
-    def add(self, pending: Pending, every: int) -> None:
-        self._pending.append((pending, every))
-        self.drain(wait=False)
-
-    def drain(self, *, wait: bool) -> None:
-        """Writes what has arrived, in order; with ``wait`` everything."""
-        while self._pending:
-            oldest, every = self._pending[0]
-            if not (wait or oldest.is_ready() or len(self._pending) > _MOST_PENDING):
-                return
-            self._pending.popleft()
-            record = oldest.get()
-            if record[STEP] % every == 0:
-                self._write({STEP: record.pop(STEP)} | record)
-
-    def _write(self, record: Record) -> None:
-        if self._writer is None:
-            self.memory.append(record)
-        else:
-            self._writer.append(record, self.leaf_names)
-        row = {key: value for key, value in record.items() if key not in (STEP, LEAF_NORMS)}
-        for sink in self._sinks:
-            sink(dict(row), record[STEP])
-
-    def read(self) -> list[Record]:
-        if self.path is None:
-            return [dict(record) for record in self.memory]
-        return _file.read(self.path).records
-
-    def close(self) -> None:
-        self.is_closed = True
-        with contextlib.ExitStack() as stack:
-            if self._writer is not None:
-                stack.callback(self._writer.close)
-            self.drain(wait=True)
+        return summarize(self.records, self._log.about)
 
 
 def series_of(records: Sequence[Record], name: str) -> np.ndarray:
     """One number over all records; NaN where it is missing."""
     if not any(name in record for record in records):
-        known = sorted({key for record in records for key in record} - {LEAF_NORMS})
+        known = sorted({key for record in records for key in record} - {LEAF_NORMS, FAULT_LEAVES})
         raise KeyError(f"No record has {name!r}; there are {', '.join(known) or 'no records'}.")
     return np.array([record.get(name, np.nan) for record in records], dtype=float)
-
-
-def _check_step(step: Any) -> None:
-    is_integer = isinstance(step, numbers.Integral) and not isinstance(step, bool)
-    if isinstance(step, (jax.Array, np.ndarray)) and np.ndim(step) == 0:
-        is_integer = np.issubdtype(step.dtype, np.integer)
-    if not is_integer:
-        raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}.")
-
-
-def _as_sinks(sinks: Any) -> tuple[Sink, ...]:
-    """Each sink as a function ``(record, step)``; a single one need not be in a list."""
-    if callable(sinks) or hasattr(sinks, "add_scalar"):
-        sinks = (sinks,)
-    return tuple(_as_sink(sink) for sink in sinks)
-
-
-def _as_sink(sink: Any) -> Sink:
-    add_scalar = getattr(sink, "add_scalar", None)
-    if callable(add_scalar):
-
-        def write(row: Record, step: int) -> None:
-            for name, value in row.items():
-                add_scalar(name, value, step)
-
-        return write
-    if not callable(sink):
-        raise TypeError(
-            "a sink must have add_scalar(name, value, step) or be a callable (dict, step), got "
-            f"{sink!r} of type {type(sink).__name__}."
-        )
-    return sink
 
 
 def _outlines(params: Any) -> list[NamedLeaf]:

@@ -1,4 +1,4 @@
-"""The records of a run as text."""
+"""The records of a run as text: what happened in words, then tables of scalars and layers."""
 
 from __future__ import annotations
 
@@ -10,99 +10,85 @@ from typing import Any
 
 import numpy as np
 
-from optax_guard.reading.explain import reason_in_words
 from optax_guard.reading.tables import Rows, plain_table
+from optax_guard.runlog.about import About
 from optax_guard.runlog.events import Events, find_events, leaf_norms
-from optax_guard.runlog.fetch import LEAF_NORMS, STEP, Record
+from optax_guard.runlog.fetch import FAULT_LEAVES, LEAF_NORMS, STEP, Record
+from optax_guard.runlog.layers import names_for, ordered
+from optax_guard.runlog.words import say_events
 
-_MOST_SKIPS, _MOST_LAYERS = 5, 20
-# Fields of which only the counts in words are of interest.
-_COUNTERS = ("guard_step", "_total", "_steps", "last_step_skipped", "skip_reason", "gave_up")
-_COUNTERS += ("skipped_in_a_row", "last_step_overflowed", "last_fault_step", "last_fault_reason")
+_MOST_LAYERS = 20
+# Fields of our own that are worth a row; the counters are told in words.
+_OWN_ROWS = ("grad_norm", "last_scale", "loss_scale", "factor", "microbatch_norm")
 
 
-def summarize(records: Sequence[Record], leaf_names: Sequence[str]) -> str:
+def summarize(records: Sequence[Record], about: About) -> str:
     """Counts in words, then a table of scalars and one of layers."""
     if not records:
         return "No records."
-    events = find_events(records)
+    events = find_events(records, about)
     steps = events.steps
     parts = [f"{len(steps)} records, steps {steps[0]} to {steps[-1]}"]
-    parts += _skips(events) + _clips(events)
-    scalars, layers = _scalar_rows(events), _layer_rows(events, leaf_names)
-    columns = ("", "first", "last", "smallest", "median", "largest", "not finite")
-    parts += ["", _table(columns, scalars)] if scalars else []
-    shown = layers[:_MOST_LAYERS]
-    columns = ("gradient norm of", "smallest", "median", "largest", "not finite")
-    parts += ["", _table(columns, shown)] if shown else []
-    if len(layers) > len(shown):
-        parts.append(f"... and {len(layers) - len(shown)} more layers, with smaller norms")
+    parts += say_events(events, about)
+    scalars, (layers, more) = scalar_rows(events), layer_rows(events, about)
+    parts += ["", table(SCALAR_COLUMNS, scalars)] if scalars else []
+    parts += ["", table(LAYER_COLUMNS, layers)] if layers else []
+    if more:
+        parts.append(f"... and {more} more layers, with smaller norms")
     return "\n".join(parts)
+
+
+SCALAR_COLUMNS = ("", "first", "last", "smallest", "median", "largest", "not finite")
+LAYER_COLUMNS = ("gradient norm of", "smallest", "median", "largest", "not finite")
 
 
 def _is_own(row: Sequence[str]) -> bool:
     return row[0].startswith("guard/")
 
 
-def _skips(events: Events) -> list[str]:
-    last = events.records[-1]
-    if "guard/skipped_total" not in last and not events.skipped_total.any():
-        return []
-    total, calls = int(events.skipped_total[-1]), last.get("guard/guard_step")
-    of_steps = "" if calls is None else f" of {calls}"
-    lines = [f"skipped: {total}{of_steps} steps"]
-    where = np.flatnonzero(events.skipped)
-    if where.size > _MOST_SKIPS:
-        lines[0] += f"; the last {_MOST_SKIPS}:"
-    for place in where[-_MOST_SKIPS:]:
-        record, step = events.records[place], events.steps[place]
-        reason = int(record.get("guard/skip_reason", 0))
-        if reason:
-            lines.append(f"  step {step}: {reason_in_words(reason)}")
-        elif record.get("guard/last_step_overflowed"):
-            lines.append(f"  step {step}: gradients overflowed at the loss scale")
-        else:
-            lines.append(f"  between the records of {_before(events, place)} and {step}")
-    if any(record.get("guard/gave_up") for record in events.records):
-        lines.append("the guard gave up: training could not recover by itself")
-    return lines
-
-
-def _before(events: Events, place: int) -> str:
-    return f"steps {events.steps[place - 1]}" if place else "earlier steps"
-
-
-def _clips(events: Events) -> list[str]:
-    counts = [f"{clip.name} in {int(np.nan_to_num(clip.total[-1]))} steps" for clip in events.clips]
-    return ["acted: " + ", ".join(counts)] if counts else []
-
-
-def _scalar_rows(events: Events) -> Rows:
+def scalar_rows(events: Events) -> Rows:
+    """First, last, smallest, median and largest of each number; the user's own first."""
     keys = dict.fromkeys(key for record in events.records for key in record)
     rows: list[list[str]] = []
     for key in keys:
-        if key in (STEP, LEAF_NORMS) or (key.startswith("guard/") and key.endswith(_COUNTERS)):
+        is_counter = key.startswith("guard/") and key.rpartition("/")[2] not in _OWN_ROWS
+        if key in (STEP, LEAF_NORMS, FAULT_LEAVES) or is_counter:
             continue
-        values = np.array([record[key] for record in events.records if key in record], dtype=float)
+        values = _measured(key, events)
+        if not values.size:
+            continue
         rows.append([key, _short(values[0]), _short(values[-1]), *_spread(values)])
-    return sorted(rows, key=_is_own)  # the user's own first
+    return sorted(rows, key=_is_own)
 
 
-def _layer_rows(events: Events, leaf_names: Sequence[str]) -> list[list[str]]:
-    """Those with most non-finite norms first, then those with the largest."""
+def _measured(key: str, events: Events) -> np.ndarray:
+    """The values of a number; of a guard's norm only those of steps that reached the guard."""
+    chosen = next(
+        (guard.is_fresh for guard in events.guards if key == guard.place + "grad_norm"),
+        np.ones(len(events.records), bool),
+    )
+    pairs = zip(events.records, chosen, strict=True)
+    values = [record[key] for record, is_fresh in pairs if is_fresh and key in record]
+    return np.array(values, dtype=float)
+
+
+def layer_rows(events: Events, about: About) -> tuple[list[list[str]], int]:
+    """Layers in the order of the network, and how many are left out.
+
+    Of many those are shown that were not finite most often, then those with the largest norms.
+    """
     _, norms = leaf_norms(events)
-    if not norms.size:
-        return []
-    names = names_for(norms.shape[1], leaf_names)
-    bad = (~np.isfinite(norms)).sum(axis=0)
-    largest = np.max(np.where(np.isfinite(norms), norms, 0), axis=0)
-    order = np.lexsort((-largest, -bad))
-    return [[names[leaf], *_spread(norms[:, leaf])] for leaf in order]
-
-
-def names_for(count: int, leaf_names: Sequence[str]) -> list[str]:
-    """The names, if there are as many as leaves; otherwise numbers."""
-    return list(leaf_names) if len(leaf_names) == count else [f"leaf {i}" for i in range(count)]
+    measured = np.flatnonzero(~np.ma.getmaskarray(norms).all(axis=0))
+    if not measured.size:
+        return [], 0
+    names = names_for(norms.shape[1], about.leaf_names)
+    columns = [norms[:, leaf].compressed() for leaf in measured]
+    bad = [int((~np.isfinite(column)).sum()) for column in columns]
+    largest = [np.max(column[np.isfinite(column)], initial=0) for column in columns]
+    worst = np.lexsort((-np.array(largest), -np.array(bad)))[:_MOST_LAYERS]
+    shown = ordered(names, measured[worst].tolist())
+    rows = [[names[leaf], *_spread(norms[:, leaf].compressed())] for leaf in shown]
+    return rows, len(measured) - len(rows)
 
 
 def _spread(values: np.ndarray) -> list[str]:
@@ -117,7 +103,7 @@ def _short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def _table(columns: Sequence[str], rows: Rows) -> str:
+def table(columns: Sequence[str], rows: Rows) -> str:
     """With lines if rich is there."""
     if importlib.util.find_spec("rich") is None:
         return plain_table(columns, rows)
@@ -125,14 +111,14 @@ def _table(columns: Sequence[str], rows: Rows) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         justify: Any = "right" if place else "left"
-        table.add_column(column, justify=justify, no_wrap=True)
+        made.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
         # Names of layers may hold brackets, which are markup to rich.
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        made.add_row(*(cell.replace("[", "\\[") for cell in row))
     text = io.StringIO()
-    Console(file=text, width=10_000, color_system=None, emoji=False).print(table)
+    Console(file=text, width=10_000, color_system=None, emoji=False).print(made)
     lines = (line.rstrip() for line in text.getvalue().splitlines())
     return "\n".join(line for line in lines if line)
