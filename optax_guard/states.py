@@ -4,16 +4,7 @@ Every rule that limits or sets norms has a ``RuleState`` under the name of its f
 packed state holds is read by name: ``state.skipped_total``; see the entries of its class.
 """
 
-from optax_guard._core.states import PackedState, RuleState, rule_state
-from optax_guard.rules.add_l1 import AddL1State
-from optax_guard.rules.zero_nonfinite import ZeroNonfiniteState
-from optax_guard.wrappers.backoff import BackoffState
-from optax_guard.wrappers.clip_by_update_ratio import ClipByUpdateRatioState
-from optax_guard.wrappers.conditions import SpikeState
-from optax_guard.wrappers.guard import GuardState
-from optax_guard.wrappers.loss_scale import DynamicLossScaleState
-from optax_guard.wrappers.microbatch import SkipMicrobatchState
-from optax_guard.wrappers.rollback import RollbackState
+from optax_guard._core.states import rule_state
 
 ClipByNormState = rule_state("clip_by_norm")
 ClipByRmsState = rule_state("clip_by_rms")

@@ -103,6 +103,19 @@ def _wrapper(
     return Row(name, lambda **kw: wrap(inner, **kw), wrap=wrap, **options)
 
 
+def rule_of_ones_own(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """With a history of two numbers a group, one of them a count."""
+
+    def init(norms):
+        return {"calls": jnp.zeros(norms.shape, jnp.int32), "last": jnp.ones(norms.shape)}
+
+    def limit(norms, history, context):
+        limits = 2 * history["last"]
+        return limits, {"calls": history["calls"] + 1, "last": jnp.minimum(norms, limits)}
+
+    return og.limit_norms(og.Rule(limit, init), name="rule_of_ones_own", **options)
+
+
 ROWS = [
     # Clips
     Row(
@@ -233,6 +246,8 @@ ROWS = [
             lambda ratio: og.clip_by_update_ratio(optax.sgd(0.1), max_ratio=ratio), {"ratio": 0.04}
         ),
     ),
+    Row("limit_norms", lambda **kw: rule_of_ones_own(scope="leaf", **kw)),
+    Row("limit_norms-unit", lambda **kw: rule_of_ones_own(scope="unit", **kw), is_variant=True),
     # Normalising
     Row(
         "normalize_and_scale",
@@ -276,11 +291,7 @@ ROWS = [
         "guard-conditions",
         lambda inner, **kw: og.guard(
             inner,
-            skip_if=(
-                og.norm_above(1e6),
-                og.spike(6.0, window=4, rebaseline_after=3),
-                og.spike(6.0, of="value", window=4),
-            ),
+            skip_if=(og.norm_above(1e6), og.spike(6.0, window=4, rebaseline_after=3)),
             **kw,
         ),
         inject=Inject(

@@ -111,7 +111,7 @@ def test_accepted_level_starts_the_window_anew(of):
     reasons, _ = feed(np.concatenate([steady(40), new]), of, rebaseline_after=3)
     assert skipped(reasons) == [40, 41, 42, 100]
     _, state = feed(np.concatenate([steady(40), new[:4]]), of, rebaseline_after=3)
-    assert spike_state(state).count == 1
+    assert spike_state(state).num_entered == 1
 
 
 @of_both
@@ -221,7 +221,7 @@ def test_loss_condition_without_a_loss_is_inert():
         updates, state = step(jnp.array([norm]), state)
         assert updates == -norm
     assert state.skipped_total == 0
-    assert spike_state(state).count == 0
+    assert spike_state(state).num_entered == 0
 
 
 def test_loss_in_low_precision_is_watched_in_float32():
@@ -236,7 +236,7 @@ def test_loss_in_low_precision_is_watched_in_float32():
 def test_count_stays_within_twice_the_window_and_the_window_goes_round():
     _, state = feed(np.arange(1, 104) * 1e-3 + 1.0, window=4)
     inner = spike_state(state)
-    assert 4 <= inner.count < 8
+    assert 4 <= inner.num_entered < 8
     # The values of the last four of 103 steps, wherever the window has arrived.
     np.testing.assert_allclose(np.sort(inner.window), [1.1, 1.101, 1.102, 1.103], rtol=1e-6)
 

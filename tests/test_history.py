@@ -34,7 +34,9 @@ from tensorboardX.record_writer import masked_crc32c
 
 import optax_guard as og
 from optax_guard.runlog import events as _history_events
+from optax_guard.runlog import fetch as _history_fetch
 from optax_guard.runlog import file as _history_file
+from optax_guard.runlog import layers as _layers
 
 PARAMS = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((2, 2))}}
 NAMES = ("dense/bias", "dense/kernel")
@@ -87,6 +89,7 @@ def test_record_holds_metrics_leaf_norms_and_scalars_as_python_numbers():
         expected = {"epoch": 3, "lr": 1e-3, "loss": 2.5}
         expected |= {key: value.item() for key, value in og.metrics(state).items()}
         expected["leaf_norms"] = np.asarray(state.leaf_norms).tolist()
+        expected |= {"fault_leaves": [0, 1]} if step else {}
         actual = history.records[step]
         assert next(iter(actual)) == "step" and actual.pop("step") == step
         assert set(actual) == set(expected)
@@ -188,7 +191,8 @@ def test_guards_of_a_partition_are_recorded_side_by_side():
     entry = history.records[0]
     norms = dict(zip(history.leaf_names, entry["leaf_norms"], strict=True))
     assert norms == pytest.approx({"dense/bias": 18**0.5, "dense/kernel": 4.0}, rel=1e-6)
-    assert {entry["guard/grad_norm"], entry["guard/2/grad_norm"]} == set(entry["leaf_norms"])
+    assert entry["guard/slow/grad_norm"] == norms["dense/bias"]
+    assert entry["guard/fast/grad_norm"] == norms["dense/kernel"]
 
 
 def test_replicated_states_and_scalars_of_another_device_come_in_one_record():
@@ -218,7 +222,7 @@ def test_record_survives_the_donation_of_its_state():
     state, history = jax.jit(TX.init)(PARAMS), og.History()
     for number in range(5):
         state, before = step(state), state
-        assert before.guard_step.is_deleted()  # or else this tests nothing
+        assert before.integers.is_deleted()  # or else this tests nothing
         history.append(number, state)
     assert history.series("guard/guard_step").tolist() == [1, 2, 3, 4, 5]
 
@@ -245,18 +249,19 @@ def test_append_does_not_wait_and_writes_in_order_later(tmp_path):
 
 def test_one_array_is_fetched_for_each_record(monkeypatch):
     fetched = []
-    packs = og.reporting._history_fetch._pack
-    monkeypatch.setattr(
-        "optax_guard.reporting._history_fetch._pack",
-        lambda arrays: fetched.append(packs(arrays)) or fetched[-1],
-    )
+    packer = _history_fetch._packer
+
+    def spy(*key):
+        return lambda *arrays: fetched.append(packer(*key)(*arrays)) or fetched[-1]
+
+    monkeypatch.setattr(_history_fetch, "_packer", spy)
     found, loss = states(0.1, 0.2), jnp.float32(1.0)
     history = og.History()
     for step, state in enumerate(found):
         with jax.transfer_guard_device_to_host("disallow_explicit"):
             history.append(step, state, loss=loss)
     assert len(fetched) == 2
-    num_words = len(og.metrics(found[0])) + len(NAMES) + 1
+    num_words = len(og.metrics(found[0])) + 2 * len(NAMES) + 2  # norms and faults, step, loss
     assert all(packed.shape == (num_words,) for packed in fetched)
 
 
@@ -491,15 +496,19 @@ def read_events(folder: Path) -> dict[tuple[str, int], float]:
 
 def test_tensorboard_writer_gets_every_scalar(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
-        history = og.History(sinks=[writer])
+        history = og.History(sinks=[writer], params=PARAMS)
         for step, state in enumerate(states(0.125, math.nan, 3.0)):
             history.append(10 * step, state, loss=jnp.float32(step))
         history.close()
         expected = history.records
     found = read_events(tmp_path)
     names = {name for name, _ in found}
-    assert names == set(expected[0]) - {"step", "leaf_norms"}
+    assert {name for name in names if name.startswith("layers/")} == {f"layers/{n}" for n in NAMES}
     assert len(found) == 3 * len(names)
+    for entry in expected:
+        lists = entry.pop("leaf_norms"), entry.pop("fault_leaves", None)
+        entry |= {f"layers/{name}": norm for name, norm in zip(NAMES, lists[0], strict=True)}
+    assert names == set(expected[0]) - {"step"}
     for entry in expected:
         for name in names:
             assert same(float(entry[name]), float(found[name, entry["step"]])), name
@@ -512,11 +521,12 @@ def test_callable_sinks_get_a_dict_of_their_own_and_the_step():
         rows.append((dict(row), step))
         row.clear()
 
-    history = og.History(sinks=(careless, careless))
+    history = og.History(sinks=(careless, careless), params=PARAMS)
     history.append(4, states(0.125)[0], loss=0.5)
     history.flush()
     entry = history.records[0]
-    assert entry.pop("step") == 4 and len(entry.pop("leaf_norms")) == 2
+    assert entry.pop("step") == 4
+    entry |= dict(zip((f"layers/{name}" for name in NAMES), entry.pop("leaf_norms"), strict=True))
     assert rows == [(entry, 4), (entry, 4)]
 
 
@@ -594,20 +604,31 @@ def test_ensembles_other_parameters_and_tracers_are_refused():
     assert len(history) == 1
 
 
-# Events, summary, picture
+# Events and summary
 
 
 def events_of(history: og.History) -> _history_events.Events:
-    return _history_events.find_events(history.records)
+    return _history_events.find_events(history.records, history._log.about)
 
 
-def test_events_tell_skips_clips_and_limits():
+def follow(tx: Any, sizes: Any, *, params: Any = PARAMS, **options: Any) -> og.History:
+    """The record of a run, given the size of all elements of the gradient in each step."""
+    state, history = tx.init(params), og.History(params=params, **options)
+    for step, size in enumerate(sizes):
+        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), params)
+        _, state = tx.update(gradients, state, params)
+        history.append(step, state)
+    return history
+
+
+def test_events_tell_skips_clips_and_what_the_optimizer_received():
     history = record(0.1, 2.0, math.nan, 0.1, math.nan)
     events = events_of(history)
     assert events.skipped.tolist() == [False, False, True, False, True]
     assert events.clipped.tolist() == [False, True, False, False, False]
-    assert events.skipped_total.tolist() == [0, 0, 1, 1, 2]
-    np.testing.assert_allclose(events.after_clip, [np.nan, 1, np.nan, np.nan, np.nan], rtol=1e-6)
+    assert events.guards[0].skipped_total.tolist() == [0, 0, 1, 1, 2]
+    expected = np.array([0.1 * 6**0.5, 1, np.nan, 0.1 * 6**0.5, np.nan])
+    np.testing.assert_allclose(events.received, expected, rtol=1e-6)
     np.testing.assert_allclose(events.norm[:2], [0.1 * 6**0.5, 2 * 6**0.5], rtol=1e-6)
 
 
@@ -619,17 +640,16 @@ def test_events_between_records_and_in_the_first_record_are_noticed():
     assert events.clipped.tolist() == [True, False, True, False]
 
 
-def test_limit_is_not_told_from_a_step_that_was_skipped():
-    tx = og.stabilize(optax.sgd(0.1), skip_if=og.norm_above(100.0))
-    state, history = tx.init(PARAMS), og.History(every=2)
-    for step, size in enumerate((0.1, 2.0, 1000.0)):  # the factor is that of step 1
-        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), PARAMS)
-        _, state = tx.update(gradients, state, PARAMS)
-        history.append(step, state)
+def test_all_clips_of_the_whole_gradient_count_for_what_is_received_and_no_others():
+    clips = (og.clip_by_norm(6**0.5), og.clip_by_percentile(50.0, window=3), og.clip_by_rms(1e-3))
+    after_adam = optax.chain(*clips, optax.scale_by_adam(), og.clip_by_norm(1e-3))
+    history = follow(og.guard(after_adam), (0.5, 4.0, 4.0))
+    assert history._log.about.uniform == ("guard/clip_by_norm/", "guard/clip_by_percentile/")
     events = events_of(history)
-    assert events.skipped.tolist() == events.clipped.tolist() == [False, True]
-    assert events.norm[1] == pytest.approx(1000 * 6**0.5, rel=1e-6)
-    assert np.isnan(events.after_clip).all()
+    # Cut to 1 a element by the first, then to the median of (0.5, 1) and of (0.5, 1, 0.75 or 1).
+    np.testing.assert_allclose(events.received, np.array([0.5, 0.75, 1.0]) * 6**0.5, rtol=1e-5)
+    labels = [clip.label for clip in events.clips]
+    assert labels == ["clip_by_norm", "clip_by_percentile", "clip_by_rms", "clip_by_norm 2"]
 
 
 def test_counters_that_start_again_are_no_events():
@@ -637,18 +657,98 @@ def test_counters_that_start_again_are_no_events():
     found = states(math.nan, math.nan, 0.1)
     for step, state in enumerate([*found, *states(0.1, math.nan)]):
         history.append(step, state)
-    assert events_of(history).skipped.tolist() == [True, True, False, False, True]
+    events = events_of(history)
+    assert events.skipped.tolist() == [True, True, False, False, True]
+    assert _history_events.total_of(events.guards[0].skipped_total, events) == 3
 
 
-def test_overflows_of_a_loss_scale_are_skips():
-    tx = og.dynamic_loss_scale(og.stabilize(optax.sgd(0.1)))
-    state, history = tx.init(PARAMS), og.History()
-    for step, size in enumerate((1.0, jnp.inf, 1.0)):
-        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), PARAMS)
-        _, state = tx.update(gradients, state, PARAMS)
+def test_overflows_are_no_skips_and_all_steps_count():
+    # The loss scale keeps the overflows from the guard, which saw one step of six.
+    history = follow(og.dynamic_loss_scale(og.guard(optax.sgd(0.1))), (1.0, *[jnp.inf] * 5))
+    assert not events_of(history).skipped.any()
+    text = history.summary()
+    assert "skipped: 0 of 6 steps" in text
+    overflows = "overflowed at the loss scale: 5 of 6 steps, loss scale now 1024"
+    assert f"{overflows} (at steps 1, 2, 3, 4, 5)" in text
+    # At the smallest scale it hands them on: then both count the same step.
+    tx = og.dynamic_loss_scale(og.guard(optax.sgd(0.1)), initial_scale=1.0)
+    text = follow(tx, (1.0, jnp.inf, jnp.inf)).summary()
+    assert "skipped: 2 of 3 steps" in text and "loss scale: 2 of 3 steps" in text
+
+
+def test_returns_and_back_offs_are_told_by_themselves():
+    tx = og.rollback(og.backoff(og.stabilize(optax.sgd(0.1), clip=og.clip_by_norm(0.1))),
+                     every=2, after_skips=2)  # fmt: skip
+    history = follow(tx, (*[0.1] * 6, jnp.nan, jnp.nan, *[0.1] * 4))
+    text = history.summary()
+    assert "skipped: 2 of 12 steps" in text
+    assert "went back to a snapshot: once (at step 7)" in text
+    assert "took smaller steps after a skip: 2 times, step factor now 0.2" in text
+    # The clip's own counter went back with the optimizer; no step is counted twice.
+    assert "clip_by_norm: cut 10 of 12 steps" in text
+
+
+def test_micro_batches_left_out_are_told_and_an_open_window_has_no_norms():
+    tx = optax.MultiSteps(
+        og.guard(optax.chain(og.clip_by_norm(0.1), optax.sgd(0.1))),
+        2,
+        should_skip_update_fn=og.skip_microbatch,
+    )
+    history = follow(tx, (0.1, jnp.nan, 0.1, 0.1, 0.1, 0.1))
+    text = history.summary()
+    assert "skipped: 0 of 2 windows of MultiSteps" in text
+    assert "micro-batches left out: 1 (at step 1)" in text
+    assert "clip_by_norm: cut 2 of 2 windows of MultiSteps" in text
+    assert history.records[1]["leaf_norms"] == [None, None]  # not zero: nothing was measured
+    steps, norms = _history_events.leaf_norms(events_of(history))
+    assert steps.tolist() == [2, 4] and np.all(norms > 0)
+
+
+def test_reports_are_for_each_group_by_its_key():
+    labels = {"dense": {"bias": "slow", "kernel": "fast"}}
+    clipped = og.guard(optax.chain(og.clip_by_norm(1e-3), optax.adam(0.1)))
+    tx = optax.partition({"slow": og.guard(optax.adam(0.1)), "fast": clipped}, labels)
+    text = follow(tx, (0.1, jnp.nan, 0.1)).summary()
+    for words in ("skipped (slow): 1 of 3 steps", "skipped (fast): 1 of 3 steps"):
+        assert words in text
+    assert "fast/clip_by_norm: cut 2 of 3 steps" in text
+
+
+def test_skip_is_told_with_step_reason_condition_and_layers():
+    params = {f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in range(12)}
+    tx = og.guard(optax.sgd(0.1), skip_if=(og.norm_above(1e9), og.spike(6.0, window=4)))
+    state, history = tx.init(params), og.History(params=params, every=3)
+    for step in range(13):
+        size = 1e3 if step == 11 else 0.1 + 0.001 * step
+        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), params)
+        for layer in (10, 2) if step in (4, 5) else ():
+            gradients[f"Dense_{layer}"]["kernel"] *= jnp.nan
+        _, state = tx.update(gradients, state, params)
         history.append(step, state)
-    assert events_of(history).skipped.tolist() == [False, True, False]
-    assert "step 1: gradients overflowed at the loss scale" in history.summary()
+    text = history.summary()
+    assert "skipped: 3 of 13 steps" in text
+    where = "in Dense_2/kernel, Dense_10/kernel"
+    between = "step 5 (1 more between the records of steps 3 and 6)"
+    assert f"  {between}: gradients were not finite, {where}" in text
+    assert "  step 11: rejected by the condition spike" in text
+    assert "fault_leaves" not in history.records[3]  # of the spike, which had none
+    explained = og.explain(state, params)  # counts the same way
+    assert "Step 11 was skipped" in explained
+
+
+def test_clip_that_cuts_most_steps_is_questioned_with_a_likely_cause():
+    guarded = og.guard(optax.chain(og.clip_by_norm(0.02 * 6**0.5), optax.sgd(0.1)))
+    steady = " ".join(follow(guarded, [1.0] * 120).summary().split())
+    line = "clip_by_norm: cut 120 of 120 steps (recent 100 %), mean factor 0.02"
+    assert f"{line}: is the threshold too low?" in steady
+    assert "a norm of about 2.4" in steady and "Try a threshold a few times that norm" in steady
+    rising = " ".join(follow(guarded, 1.1 ** np.arange(120)).summary().split())
+    assert "the learning rate is likely too high" in rising
+    for sizes in ([1.0] * 50, [1.0] * 110 + [0.001] * 300):  # too few, and long ago
+        assert "too low?" not in follow(guarded, sizes).summary()
+    by_design = og.guard(optax.chain(og.clip_by_percentile(10.0), optax.sgd(0.1)))
+    text = follow(by_design, 1 + np.arange(150) % 7).summary()
+    assert "clip_by_percentile: cut" in text and "too low?" not in text
 
 
 SUMMARY_SIZES = (0.1, 2.0, math.nan, 0.1, 3.0, 0.2)
@@ -664,50 +764,84 @@ def test_summary_counts_and_tabulates(monkeypatch, has_rich):
     assert ("─" in text) == has_rich
     lines = [line.split() for line in text.splitlines()]
     assert text.splitlines()[0] == "7 records, steps 0 to 6"
-    assert "  step 2: gradients were not finite" in text
+    assert "skipped: 1 of 6 steps" in text
+    assert "  step 2: gradients were not finite, in all layers" in text
+    assert "clip_by_norm: cut 2 of 6 steps" in text
+    assert "gave up" not in text
     assert ["loss", "inf", "inf", "nan", "nan", "nan", "1"] in lines
     # norms of six equal elements, of four, and of two
     norms = [0.1 * 6**0.5, 0.2 * 6**0.5, 0.2449, 0.4899, 3 * 6**0.5]
     assert ["guard/grad_norm", *(f"{norms[i]:.4g}" for i in (0, 1, 2, 3, 4)), "1"] in lines
     assert ["dense[0]/kernel", "0.2", "0.4", "6", "1"] in lines
-    assert lines.index(["dense[0]/kernel", "0.2", "0.4", "6", "1"]) < len(lines) - 1
 
 
-def test_summary_says_the_totals_of_the_last_record_of_a_guard():
-    text = record(*SUMMARY_SIZES).summary()
-    assert "skipped: 1 of 6 steps" in text
-    assert "acted: norm_clip in 2 steps" in text
-    assert "gave up" not in text
-    many = record(*[math.nan] * 7).summary()
-    assert "skipped: 7 of 7 steps; the last 5:" in many
-    assert many.count("gradients were not finite") == 5
-
-
-def test_summary_says_when_the_guard_gave_up_and_what_fell_between_records():
-    tx = og.guard(optax.sgd(0.1), max_consecutive_skips=2)
-    state, history = tx.init(PARAMS), og.History(every=3)
-    for step, size in enumerate((1.0, jnp.nan, jnp.nan, 1.0)):
-        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), PARAMS)
-        _, state = tx.update(gradients, state, PARAMS)
-        history.append(step, state)
-    text = history.summary()
-    assert "skipped: 2 of 4 steps" in text
-    assert "  between the records of steps 0 and 3" in text
+def test_summary_lists_the_last_skips_and_says_when_the_guard_gave_up():
+    tx = og.guard(optax.sgd(0.1), max_consecutive_skips=7)
+    text = follow(tx, [math.nan] * 7).summary()
+    assert "skipped: 7 of 7 steps; the last 5:" in text
+    assert text.count("gradients were not finite") == 5
     assert "the guard gave up" in text
 
 
-def test_summary_shows_the_worst_layers_of_many():
-    params = {f"layer{i:02d}": jnp.ones(2) for i in range(30)}
+def test_summary_shows_the_worst_layers_of_many_in_the_order_of_the_network():
+    params = {f"layer{i}": jnp.ones(2) for i in range(30)}
     tx = og.guard(optax.sgd(0.1))
     gradients = {name: jnp.full(2, float(i)) for i, name in enumerate(params)}
-    gradients["layer03"] = jnp.full(2, jnp.nan)
+    gradients["layer3"] = jnp.full(2, jnp.nan)
     _, state = tx.update(gradients, tx.init(params))
     history = og.History(params=params)
     history.append(0, state)
     lines = history.summary().splitlines()
     shown = [line.split()[0] for line in lines if line.strip().startswith("layer")]
-    assert shown == ["layer03", *(f"layer{i:02d}" for i in range(29, 10, -1))]
+    assert shown == ["layer3", *(f"layer{i}" for i in range(11, 30))]
     assert lines[-1] == "... and 10 more layers, with smaller norms"
+
+
+def test_unused_gradients_are_in_no_table_and_stacked_layers_have_their_own_row():
+    params = {"head": jnp.ones(2), "layers": {"kernel": jnp.ones((3, 2))}}
+    labels = {"head": "frozen", "layers": {"kernel": "used"}}
+    inner = optax.partition({"frozen": optax.set_to_zero(), "used": optax.sgd(0.1)}, labels)
+    tx = og.guard(inner, stacked=lambda path, leaf: path.startswith("layers"))
+    history = follow(jax.tree.map(lambda f: f, tx), (0.1, 0.1), params=params)
+    assert history.leaf_names == ("head", *(f"layers/kernel[{i}]" for i in range(3)))
+    assert history.records[0]["leaf_norms"][0] is None
+    assert "head" not in history.summary() and "layers/kernel[2]" in history.summary()
+
+
+# Picture
+
+
+def test_labels_keep_what_tells_layers_apart():
+    names = [f"params/encoder/block_{i}/self_attention/query/kernel" for i in (1, 2, 11)]
+    labels = _layers.shorten([*names, "params/head/kernel"], 30)
+    expected = [f"…/block_{i}/…/query/kernel" for i in (11,)]
+    expected = [f"encoder/block_{i}/…/query/kernel" for i in (1, 2)] + expected
+    assert labels == [*expected, "head/kernel"]
+    long = ["a/" + "x" * 50 + number for number in "12"]
+    assert _layers.shorten(long, 20) == ["xxxxxxxxx…xxxxxxxxx1", "xxxxxxxxx…xxxxxxxxx2"]
+    same = ["a" * 40 + "1" + "b" * 40, "a" * 40 + "2" + "b" * 40]
+    assert _layers.shorten(same, 20) == same  # rather long than the same
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "parts", "expected"),
+    [
+        (6, ("bias", "kernel"), ["block_0/bias", "block_0/kernel", "block_1/bias"]),
+        (13, tuple("abcdefghijklmn"), ["block_0 (14)", "block_1 (14)"]),
+        (1000, ("kernel",), ["block_0–24 (25)", "block_25–49 (25)"]),
+        (200, ("bias", "kernel"), ["block_0–4 (10)", "block_5–9 (10)"]),
+    ],
+)
+def test_many_layers_share_lines_in_the_order_of_the_network(num_blocks, parts, expected):
+    # As JAX sorts them: block_10 before block_2.
+    names = sorted(f"net/block_{i}/{part}" for i in range(num_blocks) for part in parts)
+    rows = list(range(len(names)))
+    bands = _layers.arrange(names, rows, [], most=40, longest=30)
+    assert [band.label for band in bands][: len(expected)] == expected
+    assert len(bands) <= 40 and sorted(row for band in bands for row in band.rows) == rows
+    bad = names.index("net/block_5/" + parts[-1])
+    bands = _layers.arrange(names, rows, [bad], most=40, longest=30)
+    assert [band.rows for band in bands if bad in band.rows] == [(bad,)]  # never folded away
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -749,23 +883,40 @@ def test_axes_are_named_logarithmic_and_have_a_legend(tmp_path, monkeypatch):
         history.append(step, state, loss=10.0**-step, threshold=4.0)
     history.plot(tmp_path / "p.png")
     loss, norm, layers, bar = figures[0].axes
-    assert (loss.get_ylabel(), norm.get_ylabel(), layers.get_xlabel()) == (
-        "loss",
-        "gradient norm",
-        "step",
-    )
+    labels = loss.get_ylabel(), norm.get_ylabel(), layers.get_xlabel()
+    assert labels == ("loss", "gradient norm", "step")
     assert [axis.get_yscale() for axis in (loss, norm, bar)] == ["log"] * 3
-    assert [text.get_text() for text in norm.get_legend().get_texts()] == [
-        "gradient norm",
-        "threshold",
-        "norm × clip factor",
-        "clipped (2)",
-        "skipped (1)",
-    ]
-    assert [text.get_text() for text in layers.get_yticklabels()] == list(NAMES)
-    lines = {line.get_label(): list(line.get_xdata()) for line in norm.get_lines()}
-    assert lines["clipped (2)"] == [1, 3] and lines["skipped (1)"] == [2]
+    expected = ["gradient norm", "after the clip", "threshold", "cut by clip_by_norm (2)"]
+    texts = [text.get_text() for text in norm.get_legend().get_texts()]
+    assert texts == [*expected, "skipped (1)"]
+    assert [text.get_text() for text in layers.get_yticklabels()] == ["✕ bias", "✕ kernel"]
+    lines = {line.get_label(): line for line in norm.get_lines()}
+    marked = [list(lines[name].get_xdata()) for name in ("cut by clip_by_norm (2)", "skipped (1)")]
+    assert marked == [[1, 3], [2]]
+    received = lines["after the clip"].get_ydata()
+    np.testing.assert_allclose(received[[1, 3]], 1, rtol=1e-6)
+    figures[0].canvas.draw()
+    ticks = [text.get_text() for axis in (norm, bar) for text in axis.get_yticklabels()]
+    assert any(ticks) and not any("$" in tick for tick in ticks)  # 0.1, not 10^-1
     assert loss.get_xlim() == norm.get_xlim() == layers.get_xlim()
+
+
+def test_loss_scale_overflows_returns_and_micro_batches_are_drawn():
+    from optax_guard.runlog.plot import make_figure
+
+    guarded = og.rollback(og.backoff(og.guard(optax.sgd(0.1))), every=2, after_skips=2)
+    tx = og.dynamic_loss_scale(guarded, initial_scale=2.0, min_scale=1.0)
+    history = follow(tx, (0.1, 0.1, *[jnp.inf] * 3, 0.1))
+    figure = make_figure(history.records, history._log.about)
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[:3] == ["gradient norm", "loss scale", "step factor"]
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert {"overflow of the loss scale (3)", "rolled back (1)", "skipped (2)"} <= set(texts)
+    tx = optax.MultiSteps(og.guard(optax.sgd(0.1)), 2, should_skip_update_fn=og.skip_microbatch)
+    history = follow(tx, (jnp.nan, 0.1))
+    figure = make_figure(history.records, history._log.about)
+    (norm,) = figure.axes  # no window has ended: nothing to map, and no line of zeros
+    assert [line.get_label() for line in norm.get_lines()] == ["micro-batch left out (1)"]
 
 
 @pytest.mark.parametrize(
@@ -783,8 +934,9 @@ def test_picture_of_scalars_only_and_of_a_clip_without_guard(tmp_path):
     for step in range(3):
         _, state = tx.update(PARAMS, state)
         history.append(step, state, grad_norm=2.0, loss=-1.0)
-    assert events_of(history).after_clip.tolist() == pytest.approx([1.0] * 3, rel=1e-6)
-    history.plot(tmp_path / "clip.png")
+    assert events_of(history).received.tolist() == pytest.approx([1.0] * 3, rel=1e-6)
+    written = history.plot(tmp_path / "clip")  # the ending is added, and told
+    assert written == tmp_path / "clip.png" and written.exists()
     scalars = og.History()
     scalars.append(0, None, loss=1.0)
     scalars.plot(tmp_path / "scalars.svg")

@@ -44,7 +44,11 @@ def check_number(
     if not isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array)) or isinstance(
         value, (bool, np.bool_)
     ):
-        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+        hint = ""
+        if callable(value):
+            hint = " For a schedule, wrap the factory in optax.inject_hyperparams."
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {kind}.{hint}")
     shape = getattr(value, "shape", ())
     if shape != ():
         raise ValueError(f"{name} must be {allowed}, got an array of shape {shape}.")

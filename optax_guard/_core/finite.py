@@ -34,10 +34,10 @@ def any_nonfinite(
 ) -> jax.Array:
     """Whether any element of optimizer state or parameters is NaN or Inf.
 
-    Large arrays that are shaped like a parameter are judged in groups: the n-th leaf of a shape in
-    ``shapes`` stands for the n-th parameter of that shape, the n-th leaf of the state of that shape,
-    and every further n-th one, as second moments follow first. All others are judged one by one:
-    a best loss that starts at +inf must not lend its exemption to a scalar parameter.
+    Large arrays that are shaped like a parameter are judged in groups: the n-th one of a shape in
+    ``shapes`` stands for the n-th parameter of that shape, the n-th leaf of the state of that
+    shape, and every further n-th one, as second moments follow first. All others are judged one
+    by one: a best loss that starts at +inf must not lend its exemption to a scalar parameter.
 
     Args:
       shapes: of the parameters.

@@ -139,7 +139,7 @@ class Groups(NamedTuple):
 
     def flatten(self, parts: Sequence[jax.Array], lead: tuple[int, ...] = ()) -> jax.Array:
         """From one array a leaf, shaped ``lead`` and as its norms, to the last axis of one."""
-        # Behind a barrier it is a copy; else XLA would make one large kernel with what comes before.
+        # Behind a barrier it is a copy; else XLA would make one large kernel of all before it.
         flat = lax.optimization_barrier([part.reshape(*lead, -1) for part in parts])
         return jnp.concatenate(flat, -1) if flat else jnp.zeros((*lead, 0), self.dtype)
 

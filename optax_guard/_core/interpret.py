@@ -57,7 +57,7 @@ class Program(NamedTuple):
         self,
         values: Sequence[Any],
         old_values: dict[core.Var, Any] | None = None,
-        select: Callable[[Any, Any], Any] | None = None,
+        select: Callable[[Any, Any], Any] = lambda new, old: new,
     ) -> list[Any]:
         """Its outputs for all inputs of the call; see ``_evaluate``."""
         inputs = [value for value, wanted in zip(values, self.is_input, strict=True) if wanted]
@@ -267,7 +267,7 @@ class Reader(NamedTuple):
             None if place is None else jnp.asarray(arguments[place]) for place in plan.gradients
         ]
         small_norms_matter: Any = True
-        if self.is_shared:
+        if self.is_shared and plan.question is not None:
             (small_norms_matter,) = plan.question.evaluate(arguments)
         measured, noted = measure_and_watch(
             leaves,
@@ -282,7 +282,7 @@ class Reader(NamedTuple):
         self, measured: Measurement, leaves: Sequence[Any], arguments: Sequence[Any]
     ) -> tuple[Any, ...]:
         heard = self.plan.heard
-        if heard is None:
+        if heard is None or self.plan.question is None:
             return ()
         if self.is_shared:
             if not heard.groups.has_stacks:
@@ -405,7 +405,9 @@ def _select_leaves(
     num_updates = plan.update_treedef.num_leaves
     updates = [_nothing_unless(ok, leaf) for leaf in leaves[:num_updates]]
     state = []
-    for position, (leaf, index) in enumerate(zip(leaves[num_updates:], plan.old_state, strict=True)):
+    for position, (leaf, index) in enumerate(
+        zip(leaves[num_updates:], plan.old_state, strict=True)
+    ):
         old = arguments[index]
         state.append(leaf if position in done else _keep_unless(ok, leaf, old))
     return updates + state
@@ -451,7 +453,7 @@ def _evaluate(
     jaxpr: core.Jaxpr,
     inputs: Sequence[Any],
     old_values: dict[core.Var, Any],
-    select: Callable[[Any, Any], Any] | None,
+    select: Callable[[Any, Any], Any],
 ) -> list[Any]:
     """Evaluates a jaxpr, passing each value named in ``old_values`` through ``select``."""
     values = dict(zip(jaxpr.invars, inputs, strict=True))

@@ -82,9 +82,7 @@ class Scaling(NamedTuple):
     active: Any
 
 
-def rescale(
-    leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups
-) -> tuple[jax.Array, ...]:
+def rescale(leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups) -> tuple[jax.Array, ...]:
     """Gives each active group the norm ``limit``; the others keep every bit."""
     firsts, seconds = _spread_factors(lax.stop_gradient(scaling), groups)
     # Leaf by leaf, so that one whose update nobody needs is not kept alive by the others.

@@ -123,6 +123,7 @@ class PackedState:
         parts: dict[str, list[Any]] = {}
         for name, entry in cls._entries.items():
             value = values.pop(name)
+            value = np.float32(value) if isinstance(value, float) else value  # not of 64 bits
             value = entry.store(value) if entry.store else value
             parts.setdefault(entry.field, []).append(jnp.asarray(value))
         return cls(**values, **{field: _join(field, part) for field, part in parts.items()})

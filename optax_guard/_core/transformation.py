@@ -12,9 +12,7 @@ import optax
 from jax.core import Tracer
 
 
-def transformation(
-    init: Callable[[Any], Any], update: Callable[..., Any]
-) -> optax.GradientTransformationExtraArgs:
+def transformation(init: Any, update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
     """The transformation, whose ``update`` compiles itself once where nobody has compiled it.
 
     Many scripts put only the gradient under ``jit``. Step by step, the branches of an update would
@@ -28,7 +26,7 @@ def transformation(
     @functools.wraps(update)
     def run(updates, state, params=None, **extra_args):
         arguments = (updates, state, params)
-        if not jax.config.jax_disable_jit and _all_concrete(arguments):
+        if not getattr(jax.config, "jax_disable_jit") and _all_concrete(arguments):
             dynamic, static = {}, []
             for name, value in extra_args.items():
                 if _all_concrete(value):
@@ -72,10 +70,15 @@ def require_params(params: Any, name: str, purpose: str) -> None:
         )
 
 
-def require_state(state: Any, state_type: type, name: str) -> None:
+def require_state(state: Any, state_type: type, name: str, updates: Any = None) -> None:
     """Raises unless ``state`` is one that this transformation made."""
     if isinstance(state, state_type):
         return
+    if isinstance(updates, state_type):
+        raise TypeError(
+            f"{name} was given its state first and the gradients second. Call "
+            "update(grads, state, params)."
+        )
     kind = type(state).__name__
     if callable(getattr(state, "update", None)) and callable(getattr(state, "init", None)):
         kind += ", a transformation"

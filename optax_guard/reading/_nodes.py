@@ -7,10 +7,12 @@ the keys "0", "1". As nodes all of these look alike; only some of them know thei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._core.find import is_own_state
@@ -95,7 +97,7 @@ def make_node(tree: Any, path: Path = (), place: Path = ()) -> Node:
         return Node(tree, path, place, None)
     children = {name_of(key): child for (key, *_), child in flat}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # also those that hold nothing
-        children = {name: children.get(name, getattr(tree, name)) for name in tree._fields}
+        children = dict(zip(tree._fields, tree, strict=True))  # type: ignore[attr-defined]
     elif isinstance(tree, dict):
         children = {str(name): child for name, child in tree.items()}
     node = Node(tree, path, place, dict.fromkeys(children))  # type: ignore[arg-type]
@@ -153,7 +155,7 @@ class Unit:
 def same_shape(one: Node, other: Node) -> bool:
     """Whether two leaves have the same shape, and both or neither are PRNG keys."""
     kinds = [
-        jax.dtypes.issubdtype(getattr(node.source, "dtype", np.int32), jax.dtypes.prng_key)
+        jnp.issubdtype(getattr(node.source, "dtype", np.int32), jax.dtypes.prng_key)
         for node in (one, other)
     ]
     return np.shape(one.source) == np.shape(other.source) and kinds[0] == kinds[1]
@@ -191,3 +193,57 @@ def _add_unit(node: Node, units: list[Unit], loose: list[Node]) -> None:
             own |= {leaf.path[start:]: leaf for leaf in leaves}
     open_fields = wrapped | {unit.node.path[start] for unit in inner}
     units += [Unit(node, own, frozenset(open_fields)), *inner]
+
+
+def choose(pairs: Sequence[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
+    """Of possible pairs those of the most similar places, each node once, in order else."""
+    chosen, seen = [], set()
+    for new, old in sorted(pairs, key=lambda pair: -_similarity(*pair)):  # stable
+        if id(new) not in seen and id(old) not in seen:
+            chosen.append((new, old))
+            seen |= {id(new), id(old)}
+    return chosen
+
+
+def _similarity(new: Node, old: Node) -> float:
+    """Length of the common end of two places; infinite for the same one."""
+    if new.place == old.place:
+        return np.inf
+    same = 0
+    for one, other in zip(reversed(new.place), reversed(old.place), strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
+
+
+def _ancestors(root: Node, node: Node) -> list[Node]:
+    """From the root to the node itself."""
+    found = [root]
+    for name in node.path[len(root.path) :]:
+        found.append((found[-1].children or {})[name])
+    return found
+
+
+def is_in_own(root: Node, node: Node) -> bool:
+    """Whether a node lies within a state of this library, and not in what that wraps."""
+    line = _ancestors(root, node)
+    return any(
+        outer.is_own and child.path[-1] != "inner_state"
+        for outer, child in itertools.pairwise(line)
+    )
+
+
+def owner_of(root: Node, leaf: Node) -> Node:
+    """The innermost state that holds a leaf; a guess where there are dicts only."""
+    line = _ancestors(root, leaf)
+    typed = [node for node in line if node.state_type is not None]
+    if typed:
+        return typed[-1]
+    owner = root
+    for node, child in itertools.pairwise(line):
+        holds_states = node.is_list or node.path[-1:] == ("inner_states",)
+        if not (holds_states or child.path[-1].endswith(("state", "states"))):
+            break
+        owner = child
+    return owner

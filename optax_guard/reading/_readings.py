@@ -70,15 +70,14 @@ def _from_guard(
             "The guard sits inside optax.masked or optax.partition, and the state of its "
             "optimizer does not tell which leaves it watches. Pass the gradients instead."
         )
-    params = [by_name[row.leaf][row.layer] for row in known.rows if row.leaf is not None]
+    names = [row.leaf or "" for row in known.rows]
+    params = [by_name[name][row.layer] for name, row in zip(names, known.rows, strict=True)]
     numbers = jax.device_get([_numbers(param) for param in params])
     result: dict[str, list[Reading]] = {}
-    columns = (known.rows, params, state.leaf_norms, numbers, state.unused_leaves)
-    for row, param, norm, of_param, is_unused in zip(*columns, strict=True):
-        reading = Reading(
-            row.name, param.shape, float(norm), _norm(of_param), None, not is_unused
-        )
-        result.setdefault(row.leaf, []).append(reading)
+    columns = (names, known.rows, params, state.leaf_norms, numbers, state.unused_leaves)
+    for name, row, param, norm, of_param, is_unused in zip(*columns, strict=True):
+        reading = Reading(row.name, param.shape, float(norm), _norm(of_param), None, not is_unused)
+        result.setdefault(name, []).append(reading)
     return result
 
 

@@ -14,9 +14,12 @@ from optax_guard.reading._nodes import (
     Node,
     Path,
     Unit,
+    choose,
     find_units,
+    is_in_own,
     make_node,
     name_of,
+    owner_of,
     same_shape,
 )
 from optax_guard.reading.find import refuse_tracers
@@ -97,15 +100,15 @@ class _Carrier:
     def carry(self, new: Node, old: Node) -> None:
         """Finds a place for the arrays below ``old`` among those below ``new``."""
         units, loose = find_units(new)
-        nodes = [node for node in old.walk() if not _is_in_own(old, node)]
+        nodes = [node for node in old.walk() if not is_in_own(old, node)]
         self._carry_units([unit for unit in units if not unit.node.is_guard], nodes)
         guards = [unit.node for unit in units if unit.node.is_guard]
         olds = [node for node in nodes if node.is_guard]
-        for guard, node in _choose([(guard, node) for guard in guards for node in olds]):
+        for guard, node in choose([(guard, node) for guard in guards for node in olds]):
             self._carry_guard(guard, node)
         free = [node for node in nodes if node.children is None and node.path not in self.used]
         alike = [(a, b) for a in loose for b in free if _is_alike(a, b)]
-        for leaf, node in _choose(alike):
+        for leaf, node in choose(alike):
             self._take(leaf, node)
 
     def _carry_units(self, units: Sequence[Unit], nodes: Sequence[Node]) -> None:
@@ -115,7 +118,7 @@ class _Carrier:
                 leaves = unit.found_in(node)
                 if leaves is not None:
                     found[unit.node, node] = unit, leaves
-        for pair in _choose(list(found)):
+        for pair in choose(list(found)):
             unit, leaves = found[pair]
             for path, leaf in leaves.items():
                 self._take(unit.leaves[path], leaf)
@@ -156,7 +159,7 @@ class _Carrier:
         self._carry_conditions(new, old, pairs)
 
     def _carry_conditions(self, new: Node, old: Node, pairs: dict[int, int]) -> None:
-        news, olds = ((node.children or {})["condition_states"].children or {} for node in (new, old))
+        news, olds = _conditions(new), _conditions(old)
         for place, old_place in pairs.items():
             leaves = news[sorted(news)[place]].leaves()
             old_leaves = olds[sorted(olds)[old_place]].leaves()
@@ -170,8 +173,8 @@ class _Carrier:
         """Raises if arrays of an optimizer have found no place."""
         lost: dict[str, list[str]] = {}
         for node in old.walk():
-            if node.children is None and node.path not in self.used and not _is_in_own(old, node):
-                owner = _owner(old, node)
+            if node.children is None and node.path not in self.used and not is_in_own(old, node):
+                owner = owner_of(old, node)
                 name = "/".join(node.path[len(owner.path) :]) or "an array"
                 shown = f"{name} {tuple(np.shape(node.source))}"
                 lost.setdefault(_title(owner), []).append(shown)
@@ -189,28 +192,6 @@ class _Carrier:
         )
 
 
-def _choose(pairs: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
-    """Of possible pairs those of the most similar places, each node once, in order else."""
-    chosen, seen = [], set()
-    for new, old in sorted(pairs, key=lambda pair: -_similarity(*pair)):  # stable
-        if id(new) not in seen and id(old) not in seen:
-            chosen.append((new, old))
-            seen |= {id(new), id(old)}
-    return chosen
-
-
-def _similarity(new: Node, old: Node) -> float:
-    """Length of the common end of two places; infinite for the same one."""
-    if new.place == old.place:
-        return np.inf
-    same = 0
-    for one, other in zip(reversed(new.place), reversed(old.place), strict=False):
-        if one != other:
-            break
-        same += 1
-    return same
-
-
 def _is_alike(new: Node, old: Node) -> bool:
     return new.place[-1:] == old.place[-1:] and same_shape(new, old)
 
@@ -218,9 +199,14 @@ def _is_alike(new: Node, old: Node) -> bool:
 def _as_guard(node: Node) -> GuardState:
     """A guard without what it wraps, also from a dict."""
     children = node.children or {}
-    vectors = [jax.tree.leaves(children[name].source)[0] for name in ("integers", "numbers")]
-    conditions = dict.fromkeys(children["condition_states"].children or {}, ())
-    return GuardState((), *vectors, conditions)
+    integers, numbers = (
+        jax.tree.leaves(children[name].source)[0] for name in ("integers", "numbers")
+    )
+    return GuardState((), integers, numbers, dict.fromkeys(_conditions(node), ()))
+
+
+def _conditions(guard: Node) -> dict[str, Node]:
+    return (guard.children or {})["condition_states"].children or {}
 
 
 def _same_conditions(new: GuardState, old: GuardState) -> dict[int, int]:
@@ -251,38 +237,6 @@ def _like(value: Any, template: Any) -> Any:
         is_spread = len(template.sharding.device_set) > 1
         return jax.device_put(value, template.sharding) if is_spread else value
     return value if dtype is None or value.dtype == dtype else value.astype(dtype)
-
-
-def _ancestors(root: Node, node: Node) -> list[Node]:
-    """From the root to the node itself."""
-    found = [root]
-    for name in node.path[len(root.path) :]:
-        found.append((found[-1].children or {})[name])
-    return found
-
-
-def _is_in_own(root: Node, node: Node) -> bool:
-    """Whether a node lies within a state of this library, and not in what that wraps."""
-    line = _ancestors(root, node)
-    return any(
-        outer.is_own and child.path[-1] != "inner_state"
-        for outer, child in zip(line, line[1:], strict=False)
-    )
-
-
-def _owner(root: Node, leaf: Node) -> Node:
-    """The innermost state that holds a leaf; a guess where there are dicts only."""
-    line = _ancestors(root, leaf)
-    typed = [node for node in line if node.state_type is not None]
-    if typed:
-        return typed[-1]
-    owner = root
-    for node, child in zip(line, line[1:], strict=False):
-        holds_states = node.is_list or node.path[-1:] == ("inner_states",)
-        if not (holds_states or child.path[-1].endswith(("state", "states"))):
-            break
-        owner = child
-    return owner
 
 
 def _title(owner: Node) -> str:

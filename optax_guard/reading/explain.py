@@ -49,11 +49,6 @@ class GuardGaveUp(RuntimeError):  # noqa: N818 - it names what happened
         self.leaves = leaves
 
 
-def reason_in_words(reason: int) -> str:
-    """The bits of a skip reason, joined."""
-    return SkipReason(reason).words
-
-
 def check(opt_state: Any, params: Any = None) -> None:
     """Raises when a guard has given up; call it now and then from the training loop.
 

@@ -106,9 +106,7 @@ def _is_named_chain(node: Any) -> bool:
 def find_outer_guards(opt_state: Any) -> list[Found]:
     """The guards that sit in no other guard; none is no error."""
     guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
-    return [
-        found for found in guards if not any(isinstance(s, GuardState) for s in found.around)
-    ]
+    return [found for found in guards if not any(isinstance(s, GuardState) for s in found.around)]
 
 
 def find_guards(opt_state: Any) -> list[Found]:

@@ -103,9 +103,7 @@ def _scalars(state: Any) -> Iterator[tuple[str, Any]]:
             yield name, leaf if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
 
-def layer_norms(
-    opt_state: Any, params: Any, *, stacked: Stacked = None
-) -> dict[str, jax.Array]:
+def layer_norms(opt_state: Any, params: Any, *, stacked: Stacked = None) -> dict[str, jax.Array]:
     """The norm of the gradient of every layer, as the guards saw it last, ready for a logger.
 
     Args:
@@ -238,8 +236,8 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
         if shape[: ok.ndim] != ok.shape:
             raise ValueError(
                 f"ok of shape {ok.shape} chooses members of an ensemble along the first axes, but "
-                f"{name!r} has the shape {shape}. Move the axis of the members to the front, or pass "
-                "ok.all() for what all members share."
+                f"{name!r} has the shape {shape}. Move the axis of the members to the front, or "
+                "pass ok.all() for what all members share."
             )
         return jnp.where(ok.reshape(ok.shape + (1,) * (len(shape) - ok.ndim)), after, before)
 

@@ -75,7 +75,9 @@ class Rows(NamedTuple):
         return cls(tuple(Row(f"leaf {index}") for index in range(count)), are_known=False)
 
 
-def guard_rows(guard: Found, leaves: Sequence[NamedLeaf] | None, *, stacked: Stacked = None) -> Rows:
+def guard_rows(
+    guard: Found, leaves: Sequence[NamedLeaf] | None, *, stacked: Stacked = None
+) -> Rows:
     """The rows that a guard watches, in the order of its ``leaf_norms``.
 
     Inside ``optax.masked`` and ``optax.partition`` a guard sees only some leaves; which ones
@@ -144,8 +146,8 @@ def _row_depths(state: GuardState) -> list[int]:
     if isinstance(depths, Tracer):
         raise ValueError(
             "This guard keeps a norm for each layer of stacked arrays; which arrays those are "
-            "cannot be read off its state inside jit. Pass stacked=, as given to og.guard, here too: "
-            "og.layer_norms(opt_state, params, stacked=...)."
+            "cannot be read off its state inside jit. Pass stacked=, as given to og.guard, here "
+            "too: og.layer_norms(opt_state, params, stacked=...)."
         )
     depths = np.asarray(jax.device_get(depths))
     return depths.reshape(-1, depths.shape[-1])[0].tolist()

@@ -84,9 +84,7 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
         count, mean = state.history
         split = float_leaves(updates, params, count=len(count))
         groups = make_groups("leaf", split.paths, split.arrays)
-        measured = measure(
-            split.arrays, groups, is_used=split.is_present, small_norms_matter=False
-        )
+        measured = measure(split.arrays, groups, is_used=split.is_present, small_norms_matter=False)
         is_finite = measured.leaf_finite
         largest = stack([_largest(leaf, groups.dtype) for leaf in split.arrays], groups.dtype)
         usable = is_finite & (largest > 0)

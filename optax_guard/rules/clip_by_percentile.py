@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import optax
@@ -44,8 +45,8 @@ def clip_by_percentile(
       A transformation of updates of any float or complex dtype, each returned in its own. The
       window is float32 (float64 for float64 leaves). Under ``optax.inject_hyperparams`` pass
       ``static_args=("window",)``. Cost: one read of the updates, and a sort of the window for
-      each group at each step, 40 µs for 1000 norms on a CPU; 4 kB of state for a window of 1000 and scope
-      "global", times the number of groups for the others: 4 MB for 1000 units.
+      each group at each step, 40 µs for 1000 norms on a CPU; 4 kB of state for a window of 1000
+      and scope "global", times the number of groups for the others: 4 MB for 1000 units.
 
     Raises:
       ValueError: if ``percentile`` is outside [0, 100] or no scalar, ``window`` is not positive,
@@ -68,6 +69,13 @@ def clip_by_percentile(
       percentile NaN there).
     """
     check_number("percentile", percentile, maximum=100.0)
+    if isinstance(percentile, float) and 0 < percentile < 1:
+        warnings.warn(
+            f"percentile={percentile} is below the first per cent of the norms: nearly every step "
+            f"is cut to the smallest of them. Percentiles go from 0 to 100; for this fraction, "
+            f"write percentile={100 * percentile:g}.",
+            stacklevel=2,
+        )
     check_scope(scope)
     check_count("window", window)
     check_axis_name(axis_name)
@@ -77,7 +85,8 @@ def clip_by_percentile(
 
     def limit(norms, history, context):
         del context
-        values, count = add_to_window(*history, norms)
+        values, count = history
+        values, count = add_to_window(values, count, norms)
         return percentile_of(values, count, percentile), (values, count)
 
     return limit_norms(

@@ -83,9 +83,7 @@ def clip_by_relative_change(
         require_params(params, "clip_by_relative_change", "compares updates with parameters")
         split = float_leaves(updates, params)
         groups = make_groups("leaf", split.paths, split.arrays)
-        measured = measure(
-            split.arrays, groups, is_used=split.is_present, small_norms_matter=False
-        )
+        measured = measure(split.arrays, groups, is_used=split.is_present, small_norms_matter=False)
         is_finite = measured.leaf_finite
         excess = stack(
             [

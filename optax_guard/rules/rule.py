@@ -164,12 +164,12 @@ def limit_norms(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, state_type, name)
+        require_state(state, state_type, name, updates)
         split = float_leaves(updates, params, count=_num_histories(state.history))
         axes = resolve_axes(axis_name, split.paths, split.arrays)
         groups = groups_of(split)
         if groups.kind == "each":
-            groups = groups._replace(is_flat=can_be_flat(split.arrays))
+            groups = groups._replace(is_flat=bool(split.arrays) and can_be_flat(split.arrays))
         contexts = _contexts(rule, groups, split, params, state.steps, axes, name)
         measured = measure(
             split.arrays,
@@ -243,7 +243,7 @@ def _unpack(packed: Any, rule: Rule, block: jax.ShapeDtypeStruct) -> Any:
 
 def _unpack_all(rule: Rule, history: Any, groups: Groups, name: str) -> list[Any]:
     leaf_groups = groups._replace(is_flat=False)
-    packed = history if groups.kind == "each" else (history,)
+    packed: Any = history if groups.kind == "each" else (history,)
     if not jax.tree.leaves(history):
         packed = ((),) * len(leaf_groups.blocks)
     expected = [

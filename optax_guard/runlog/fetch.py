@@ -85,6 +85,7 @@ class Layout(NamedTuple):
 def find_layout(opt_state: Any, params: Sequence[NamedLeaf] | None) -> Layout:
     """Looks for the numbers of ``opt_state`` once, so that later steps need not."""
     leaves, treedef = jax.tree.flatten(opt_state)
+    opt_state = treedef.unflatten(leaves)  # dicts then have the order that they have when fetched
     indexed = treedef.unflatten(range(len(leaves)))
     states = find_states(opt_state)
     if not states:

@@ -138,9 +138,10 @@ def _pop_about(record: Record, before: About) -> About:
         return before
     found = {key: value for key, value in (rest or {}).items() if key in About._fields}
     conditions = found.pop("conditions", {})
-    return About(**{key: tuple(value) for key, value in found.items()})._replace(
+    return About()._replace(
         leaf_names=tuple(names or ()),
         conditions={place: tuple(value) for place, value in conditions.items()},
+        **{key: tuple(value) for key, value in found.items()},
     )
 
 

@@ -226,8 +226,8 @@ class History:
         logarithmic axis, what is left of it after all clips, and marks for cuts, skips, overflows
         of a loss scale, returns and micro-batches left out; loss scale and back-off, if there are;
         below a map of the norms of all layers over time, in which many layers share lines. The norm
-        after the clips is the norm times their factors, of those that scale the whole gradient by one (a
-        ``clip_by_norm`` is taken for such). ``threshold`` is drawn if that was recorded. With
+        after the clips is the norm times the factors of those that scale the whole gradient by one
+        (a ``clip_by_norm`` is taken for such). ``threshold`` is drawn if that was recorded. With
         ``every`` above 1, what happened between two records is marked at the later one. A path
         without an ending gets ``.png``.
 

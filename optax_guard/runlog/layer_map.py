@@ -35,9 +35,9 @@ def draw_map(figure: Any, axis: Any, steps: np.ndarray, norms: Any, bands: list[
         axis.pcolormesh(edges, lines, bad, cmap=ListedColormap([VERMILION]), rasterized=True)
     _draw_key(axis, is_bad, (data == 0) & ~is_missing)
     folded = any(len(band.rows) > 1 for band in bands)
-    title = "gradient norm of each layer" + (" (of several: the largest)" * folded)
+    title = "gradient norm of each layer" + (", of several (how many) the largest" * folded)
     axis.set_title(title, loc="left")
-    _label(axis, bands, is_bad.any(axis=0))
+    _label(axis, bands, np.asarray(is_bad.any(axis=0)))
     bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=12)
     plain(bar.ax.yaxis)
 

@@ -56,32 +56,46 @@ def arrange(
     for title, places in groups:
         inside = [rows[place] for place in places]
         rest = tuple(row for row in inside if row not in alone)
-        bands += [(f"{title} ({len(rest)} arrays)", rest)] if len(rest) > 1 else []
+        bands += [(title, rest)] if len(rest) > 1 else []
         bands += [(names[row], (row,)) for row in inside if row in alone or len(rest) == 1]
     labels = shorten([title for title, _ in bands], longest)
-    return [Band(label, inside) for label, (_, inside) in zip(labels, bands, strict=True)]
+    return [
+        Band(label + (f" ({len(inside)})" if len(inside) > 1 else ""), inside)
+        for label, (_, inside) in zip(labels, bands, strict=True)
+    ]
 
 
-def _fold(names: Sequence[str], most: int) -> list[tuple[str, list[int]]]:
+Groups = list[tuple[str, list[int]]]
+
+
+def _fold(names: Sequence[str], most: int) -> Groups:
     """Titles and places of neighbours: as deep in the tree as there is room for."""
     parts = [name.split("/") for name in names]
-    best: list[tuple[str, list[int]]] = []
+    fitting: Groups = []
     for depth in range(1, max(map(len, parts)) + 1):
         groups: dict[str, list[int]] = {}
         for place, name in enumerate(parts):
             groups.setdefault("/".join(name[:depth]), []).append(place)
-        best = best if len(groups) > most and best else list(groups.items())
         if len(groups) > most:
-            break
-    if len(best) <= most and len(best) > 1:
-        return best
-    return _ranges(best if len(best) > 1 else [(name, [i]) for i, name in enumerate(names)], most)
+            # A level with two or three lines for all would say little.
+            too_many = list(groups.items())
+            return fitting if len(fitting) >= most // 4 else _ranges(too_many, most)
+        fitting = list(groups.items())
+    return fitting
 
 
-def _ranges(groups: list[tuple[str, list[int]]], most: int) -> list[tuple[str, list[int]]]:
-    """Neighbours joined, as many in each as it takes."""
+def _ranges(groups: Groups, most: int) -> Groups:
+    """Neighbours joined, as many in each as it takes; of one kind, unless there are many kinds."""
+    kinds = [re.sub(r"\d+", "#", title) for title, _ in groups]
+    if len(set(kinds)) > most // 2:
+        kinds = [""] * len(groups)
     size = -(-len(groups) // most)
-    joined = [groups[start : start + size] for start in range(0, len(groups), size)]
+    joined: list[Groups] = []
+    for place, group in enumerate(groups):
+        if place and kinds[place] == kinds[place - 1] and len(joined[-1]) < size:
+            joined[-1].append(group)
+        else:
+            joined.append([group])
     return [
         (_span(part[0][0], part[-1][0]), [place for _, places in part for place in places])
         for part in joined
@@ -106,30 +120,36 @@ def _span(first: str, last: str) -> str:
 def shorten(names: Sequence[str], longest: int) -> list[str]:
     """Labels that keep what tells names apart: numbers, and the ends.
 
-    What all names begin with is left out; of a name that is still too long, parts in the middle
-    that hold no number. Should two labels become the same, both stay long.
+    What all names begin with is left out; of a name that is still too long, parts without a number
+    in which names differ least. Should two labels become the same, both stay long.
     """
     parts = [name.split("/") for name in names]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({name[0] for name in parts}) == 1:
         parts = [name[1:] for name in parts]
-    labels = [_without_middle(name, longest) for name in parts]
+    depth = max(map(len, parts), default=0)
+    kinds = [len({name[place] for name in parts if place < len(name)}) for place in range(depth)]
+    labels = [_without_middle(name, kinds, longest) for name in parts]
     return [
         "/".join(name) if labels.count(label) > 1 else label
         for name, label in zip(parts, labels, strict=True)
     ]
 
 
-def _without_middle(parts: Sequence[str], longest: int) -> str:
-    parts = list(parts)
-    while len("/".join(parts)) > longest:
-        tells = [bool(re.search(r"\d", part)) or part == "…" for part in parts]
-        spare = [place for place in range(len(parts) - 1) if not tells[place]]
-        if not spare:
-            break
-        parts[max(spare, key=lambda place: len(parts[place]))] = "…"
-        parts = [p for i, p in enumerate(parts) if p != "…" or i == 0 or parts[i - 1] != "…"]
-    label = "/".join(parts)
+def _without_middle(parts: Sequence[str], kinds: Sequence[int], longest: int) -> str:
+    """Leaves out parts with the fewest ``kinds`` first, of these the longest."""
+    kept: list[str | None] = list(parts)
+    spare = [place for place, part in enumerate(parts[:-1]) if not re.search(r"\d", part)]
+    for place in sorted(spare, key=lambda place: (kinds[place], -len(parts[place]))):
+        if len(_joined(kept)) > longest:
+            kept[place] = None
+    label = _joined(kept)
     if len(label) <= longest:
         return label
     keep = longest - 1
     return label[: keep // 2] + "…" + label[-(keep - keep // 2) :]
+
+
+def _joined(parts: Sequence[str | None]) -> str:
+    """With one ellipsis for what is left out side by side."""
+    shown = ["…" if part is None else part for part in parts]
+    return "/".join(p for i, p in enumerate(shown) if i == 0 or (p, shown[i - 1]) != ("…", "…"))

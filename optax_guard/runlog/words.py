@@ -163,10 +163,8 @@ def _say_clip(clip: Clip, events: Events, about: About, steps: int) -> list[str]
     of_all = f"{seen} {_WINDOWS}" if is_inside else f"{max(steps, seen)} steps"
     if not total:
         return [f"{clip.label}: cut none of {of_all}"]
-    rate, scale = clip.recent_rate[-1], clip.recent_scale[-1]
-    if not np.isfinite(rate):  # the last record is one without a state
-        known = np.flatnonzero(np.isfinite(clip.recent_rate))
-        rate, scale = clip.recent_rate[known[-1]], clip.recent_scale[known[-1]]
+    last = np.flatnonzero(np.isfinite(clip.recent_rate))[-1]  # records may be without a state
+    rate, scale = float(clip.recent_rate[last]), float(clip.recent_scale[last])
     verb = "scaled" if clip.factory.startswith("normalize") else "cut"
     line = f"{clip.label}: {verb} {total} of {of_all} (recent {100 * rate:.0f} %)"
     line += f", mean factor {scale:.2g}" if rate >= 0.005 else ""

@@ -112,9 +112,7 @@ class ClipByUpdateRatioState(PackedState, _UpdateRatioArrays):
     weight_norms = Entry(
         "numbers",
         "``[rows]``, the larger of these and those measured last",
-        where=lambda state: slice(
-            _NUM_FIXED + _num_rows(state), _NUM_FIXED + 2 * _num_rows(state)
-        ),
+        where=lambda state: slice(_NUM_FIXED + _num_rows(state), _NUM_FIXED + 2 * _num_rows(state)),
     )
     first_norms = Entry(
         "numbers",
@@ -149,15 +147,15 @@ def clip_by_update_ratio(
         g        <- g * min(1, m / n, r(max_ratio) * min(1, r(max_ratio))**0.1)
         n        <= max_norm, too, in the first 3 steps
 
-    ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are usual
-    in this run and were so lately, as they were after the cut, so that it cannot follow an
+    ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are
+    usual in this run and were so lately, as they were after the cut, so that it cannot follow an
     explosion; but a gradient that changes the weights by 0.06 of `max_ratio` or less is never
     touched, however much norms have risen. Far beyond that limit it falls again, so that a gross
     outlier counts for next to nothing. The second knows when a step is too large for the weights
     that it meets. It needs no history, so that the very first step is bounded, and no choice of
     units: multiplying the loss by 64 and dividing the learning rate by 64 changes nothing, other
-    than for a limit on the norm. What goes far beyond it is trusted a little less, by the power 0.1.
-    The last limit is for optimizers that a single enormous first gradient would leave with
+    than for a limit on the norm. What goes far beyond it is trusted a little less, by the power
+    0.1. The last limit is for optimizers that a single enormous first gradient would leave with
     enormous second moments.
 
     The response is measured by evaluating ``optimizer`` twice more, once without a gradient, in
@@ -343,8 +341,8 @@ def _refuse_multi_steps(inner_state: Any) -> None:
     if any(map(is_accumulating, nodes)):
         raise ValueError(
             "clip_by_update_ratio, the default clip of stabilize, cannot see what optax.MultiSteps "
-            "will do with a micro-batch. Write optax.MultiSteps(og.stabilize(optimizer), k) instead "
-            "of og.stabilize(optax.MultiSteps(optimizer, k)), and "
+            "will do with a micro-batch. Write optax.MultiSteps(og.stabilize(optimizer), k) "
+            "instead of og.stabilize(optax.MultiSteps(optimizer, k)), and "
             "should_skip_update_fn=og.skip_microbatch to leave out bad micro-batches."
         )
 
@@ -464,9 +462,7 @@ def _response(norms, gradient_norms, is_due, state) -> tuple[jax.Array, jax.Arra
     change_norms, weight_norms = norms.T
     initial = state.initial_norms
     is_new = is_due & (initial > 0) & jnp.isfinite(weight_norms)
-    weight_norms = jnp.where(
-        is_new, jnp.maximum(initial, weight_norms), state.weight_norms
-    )
+    weight_norms = jnp.where(is_new, jnp.maximum(initial, weight_norms), state.weight_norms)
     change = root_sum_square(safe_ratio(change_norms, weight_norms))
     response = safe_ratio(change, root_sum_square(safe_ratio(gradient_norms, weight_norms)))
     is_new = is_due & jnp.isfinite(response)

@@ -47,9 +47,10 @@ def check_conditions(skip_if: Any) -> tuple[Condition, ...]:
     if not isinstance(conditions, (tuple, list)) or not all(
         isinstance(condition, Condition) for condition in conditions
     ):
+        hint = " Call it first, as in og.spike()." if callable(skip_if) else ""
         raise TypeError(
             "skip_if must be a condition such as og.spike() or og.norm_above(10.0), "
-            f"or a tuple of them, got {skip_if!r}."
+            f"or a tuple of them, got {skip_if!r}.{hint}"
         )
     return tuple(conditions)
 
@@ -74,9 +75,9 @@ def judge_conditions(
     first, judged = jnp.full((), -1, jnp.int32), []
     if sorted(states) != sorted(keys := condition_keys(conditions)):
         raise TypeError(
-            f"This state is of another transformation: a guard with the conditions {sorted(states)}, "
-            f"where skip_if gives {keys}. Make a new one with init(params), and carry the old one "
-            "over with og.adopt(new_tx.init(params), old_state)."
+            f"This state is of another transformation, a guard with the conditions "
+            f"{sorted(states)}, where skip_if gives {keys}. Make a new one with init(params), and "
+            "carry the old one over with og.adopt(new_tx.init(params), old_state)."
         )
     for place, (condition, key) in enumerate(zip(conditions, keys, strict=True)):
         state = states[key]
@@ -143,7 +144,7 @@ class SpikeState(PackedState, _SpikeArrays):
     """
 
     __slots__ = ()
-    count = Entry("integers", "int32, values entered; stays within [window, 2 * window)")
+    num_entered = Entry("integers", "int32, values entered; stays within [window, 2 * window)")
     rejected_in_a_row = Entry("integers", "int32, finite values rejected since the last accepted")
 
 
@@ -211,12 +212,12 @@ def spike(
 
     def init():
         zeros = jnp.zeros((window,), jnp.float32)
-        return SpikeState.pack(window=zeros, count=0, rejected_in_a_row=0)
+        return SpikeState.pack(window=zeros, num_entered=0, rejected_in_a_row=0)
 
     def judge(grad_norm, value, state):
         observed = grad_norm if of == "grad_norm" else value
         observed = jnp.asarray(observed).astype(jnp.float32)
-        values, count, rejected = state.window, state.count, state.rejected_in_a_row
+        values, count, rejected = state.window, state.num_entered, state.rejected_in_a_row
         limit = _limit(values, count, jnp.float32(sigma), jnp.float32(min_std_ratio))
         is_spike = (count >= min_history) & (observed > limit)
         is_new_level = jnp.asarray(False)
@@ -228,7 +229,7 @@ def spike(
         entered = jnp.where(skip, limit, observed)
         return skip, SpikeState.pack(
             window=jnp.where(place, entered, values),
-            count=_next_count(count, window),
+            num_entered=_next_count(count, window),
             rejected_in_a_row=jnp.where(skip, increment(rejected), 0),
         )
 

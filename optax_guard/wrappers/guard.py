@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from optax_guard._core.interpret import (
     run,
 )
 from optax_guard._core.measure import MeasureCall
-from optax_guard._core.states import Entry, PackedState, flag, norm
+from optax_guard._core.states import Entry, PackedState, RuleState, flag, norm
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves, inexact_leaves, strong
 from optax_guard.wrappers._poison import LookIf, Watched
@@ -68,8 +69,8 @@ _NUM_COUNTERS = 10
 class GuardState(PackedState, _GuardArrays):
     """State of :func:`guard`: that of the wrapped optimizer, and two arrays.
 
-    They take 44 bytes, 12 for each row (float leaf, or layer of a stacked one), and 4 for each float
-    leaf of parameters and inner state.
+    They take 44 bytes, 12 for each row (float leaf, or layer of a stacked one), and 4 for each
+    float leaf of parameters and inner state.
 
     Attributes:
       inner_state: state of the wrapped optimizer.
@@ -179,8 +180,8 @@ def guard(
       stacked: ``(path, leaf) -> bool | int``, which arrays stack layers along axis 0, or along how
         many leading axes (``lax.scan``, ``nn.scan``, pipeline stages). Their norms are kept, and
         faults named, layer by layer: ``layers/kernel[3]``. None: none does.
-      notify: ``(step, reason, names of the non-finite rows) -> None``, called on the host at a skip,
-        for trainers that hide the optimizer's state. A healthy step calls nothing.
+      notify: ``(step, reason, names of the non-finite rows) -> None``, called on the host at a
+        skip, for trainers that hide the optimizer's state. A healthy step calls nothing.
       axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
         all devices then take the same decision, in one all-reduce. Reason 16 is then looked for
         where gradients are non-finite, and on all devices in the step after. Not needed under
@@ -225,6 +226,7 @@ def guard(
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
         _check_nesting(inner_state)
+        _warn_of_nothing_to_guard(inner_state)
         split = float_leaves(gradient_like(params))
         groups = make_groups("global", split.paths, split.arrays, stacked=stacked)
         zeros = jnp.zeros((sum(groups.rows),), jnp.float32)
@@ -252,7 +254,7 @@ def guard(
         )
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, GuardState, "guard")
+        require_state(state, GuardState, "guard", updates)
         value = _checked_value(extra_args.get("value"))
         num_rows = _rows(state, 0, 0).stop
         gradients = float_leaves(updates, gradient_like(params), count=num_rows)
@@ -364,9 +366,7 @@ def _read(case: _Case, stacked: Stacked) -> tuple[Reader, Reading]:
     # it was zero in the last step too.
     is_due = (state.guard_step % _RELOOK) == 0
     small_rows_matter = (state.leaf_norms != 0) | is_due
-    reader = make_reader(
-        case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look
-    )
+    reader = make_reader(case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look)
     watched = case.watched if case.axes.names else ()
     return reader, reader.read(case.proposal.arguments, small_rows_matter, watched)
 
@@ -485,6 +485,24 @@ def _check_nesting(inner_state: Any) -> None:
                 f"all that is in it stays as it was. Write og.{name}(og.guard(optimizer)) instead "
                 f"of og.guard(og.{name}(optimizer))."
             )
+
+
+def _warn_of_nothing_to_guard(inner_state: Any) -> None:
+    """Legal and futile: said once, when the state is made."""
+    if isinstance(inner_state, GuardState):
+        warnings.warn(
+            "A guard around a guard has nothing left to skip; one is enough, and counts every "
+            "step. Write og.guard(optimizer, ...) with the conditions of both.",
+            stacklevel=3,
+        )
+    parts = inner_state if type(inner_state) is tuple else (inner_state,)
+    if parts and all(isinstance(part, RuleState) for part in parts):
+        warnings.warn(
+            "This guard holds clips only, so a skipped step reaches the optimizer behind it as "
+            "zeros, which move momentum and schedules. Put the optimizer inside: "
+            "og.guard(optax.chain(clip, optimizer)).",
+            stacklevel=3,
+        )
 
 
 def _bits(*reasons: tuple[int, jax.Array]) -> jax.Array:

@@ -167,9 +167,7 @@ def dynamic_loss_scale(
         proposal = propose(inner_update, gradients, state.inner_state, _widen(params), extra_args)
         reader = make_reader(proposal, gradients, axes)
         reading = reader.read(proposal.arguments)
-        is_finite, is_for_inner = _judge(
-            reading, extra_args.get("value"), state, axes, min_scale
-        )
+        is_finite, is_for_inner = _judge(reading, extra_args.get("value"), state, axes, min_scale)
         new_updates, inner_state = run(proposal, is_for_inner, reader, reading)
         new_state = _record(state, inner_state, is_finite, is_for_inner)
         return _narrow(new_updates, updates, params), new_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -33,8 +34,8 @@ def stabilize(
       optimizer: the optimizer to protect.
       clip: what to put before it; None for :func:`clip_by_update_ratio` around it, and
         ``optax.identity()`` for none.
-      **guard_options: passed to :func:`guard`; ``axis_name`` and ``stacked`` are given to the default
-        clip, too.
+      **guard_options: passed to :func:`guard`; ``axis_name`` and ``stacked`` are given to the
+        default clip, too.
 
     Around optimizers that read a step size off the length of the gradient or search along it
     (Polyak, mechanize, momo, COCOB, L-BFGS and other line searches) it only guards, and warns.
@@ -65,6 +66,7 @@ def stabilize(
              [-0.  , -0.01]], dtype=float32)
     """
     check_transformation("optimizer", optimizer)
+    _check_options(guard_options)
     axis_name, stacked = guard_options.get("axis_name"), guard_options.get("stacked")
     if clip is not None:
         check_transformation("clip", clip)
@@ -82,3 +84,19 @@ def stabilize(
         stacklevel=2,
     )
     return guard(optimizer, **guard_options)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(guard).parameters if name != "inner"]
+    for name in options:
+        if name not in known:
+            hint = ""
+            if name in inspect.signature(clip_by_update_ratio).parameters or "norm" in name:
+                hint = (
+                    " For another limit pass a clip, such as clip=og.clip_by_norm(1.0), or write "
+                    "og.guard(og.clip_by_update_ratio(optimizer, ...))."
+                )
+            raise TypeError(
+                f"stabilize has no argument {name!r}. Besides clip it takes those of og.guard: "
+                f"{', '.join(known)}.{hint}"
+            )
