@@ -4,7 +4,18 @@ Every rule that limits or sets norms has a ``RuleState`` under the name of its f
 packed state holds is read by name: ``state.skipped_total``; see the entries of its class.
 """
 
-from optax_guard._core.states import rule_state
+from optax_guard._core.states import PackedState, RuleState, rule_state
+from optax_guard.rules.add_l1 import AddL1State
+from optax_guard.rules.zero_nonfinite import ZeroNonfiniteState
+from optax_guard.wrappers.backoff import BackoffState
+from optax_guard.wrappers.clip_by_update_ratio import (
+    ClipByUpdateRatioState as ClipByUpdateRatioState,
+)
+from optax_guard.wrappers.conditions import SpikeState
+from optax_guard.wrappers.guard_state import GuardState
+from optax_guard.wrappers.loss_scale import DynamicLossScaleState
+from optax_guard.wrappers.microbatch import SkipMicrobatchState
+from optax_guard.wrappers.rollback import RollbackState
 
 ClipByNormState = rule_state("clip_by_norm")
 ClipByRmsState = rule_state("clip_by_rms")
@@ -20,4 +31,29 @@ ClipParamsByNormState = rule_state("clip_params_by_norm")
 NormalizeAndScaleState = rule_state("normalize_and_scale")
 NormalizeByEmaNormState = rule_state("normalize_by_ema_norm")
 
-__all__ = [name for name in dir() if name.endswith("State")]
+__all__ = [
+    "AddL1State",
+    "BackoffState",
+    "ClipByEmaState",
+    "ClipByMaxEmaState",
+    "ClipByMedianState",
+    "ClipByNormState",
+    "ClipByParamNormState",
+    "ClipByPercentileState",
+    "ClipByRelativeChangeState",
+    "ClipByRmsState",
+    "ClipByUpdateRatioState",
+    "ClipByZscoreState",
+    "ClipParamsByNormState",
+    "ClipParamsState",
+    "DynamicLossScaleState",
+    "GuardState",
+    "NormalizeAndScaleState",
+    "NormalizeByEmaNormState",
+    "PackedState",
+    "RollbackState",
+    "RuleState",
+    "SkipMicrobatchState",
+    "SpikeState",
+    "ZeroNonfiniteState",
+]

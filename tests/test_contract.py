@@ -231,7 +231,7 @@ def test_traces_once_for_an_input_signature(row):
     assert compiled.num_traces == 1
 
 
-COUNTERS = ("steps", "step", "total", "count", "in_a_row", "since_snapshot")
+COUNTERS = ("steps", "step", "total", "in_a_row", "since_snapshot")
 
 
 @rows()

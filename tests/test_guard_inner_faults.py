@@ -136,21 +136,14 @@ def test_checked_update_prevents_it(fault):
     assertions.assert_same_bits(end[1].inner_state, healthy[1].inner_state)
 
 
-@each_fault
-def test_explanation_blames_the_optimizer(fault):
-    tx = og.guard(fault.make(), check_update=True, max_consecutive_skips=1)
-    params = params_of(fault)
-    _, state = walk(tx, [fault.healthy, fault.breaking], params)[-1]
-    with pytest.raises(og.GuardGaveUp, match="optimizer proposed") as caught:
-        og.check(state, params)
-    assert caught.value.reason == PROPOSAL
-
-
 def test_leaves_of_a_bad_update_are_named():
-    tx = og.guard(optax.sgd(1e5), check_update=True)
+    tx = og.guard(optax.sgd(1e5), check_update=True, max_consecutive_skips=1)
     _, state = walk(tx, [in_leaf_b(1e35)], tree(1.0))[-1]
     assert state.last_fault_leaves.tolist() == [False, True]
     assert "non-finite: b" in og.explain(state, tree(1.0))
+    with pytest.raises(og.GuardGaveUp, match="optimizer proposed") as caught:
+        og.check(state, tree(1.0))
+    assert caught.value.reason == PROPOSAL
 
 
 # Schedules
@@ -160,7 +153,7 @@ def rate_at(step: int, value: float) -> Any:
     return lambda count: jnp.where(count == step, value, 0.1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_schedule_that_fails_once_stops_the_run_and_says_so(value):
     # The count of an accepted step is what moves the schedule on, so it fails for ever.
     tx = og.guard(optax.adam(rate_at(1, value)), check_update=True, max_consecutive_skips=3)
@@ -235,9 +228,15 @@ def run_with_loss(tx: Any, params: Any, *, bad_step: int, num_steps: int = 4) ->
     return params, state
 
 
-@pytest.mark.parametrize("check_update", [False, True])
-@pytest.mark.parametrize("name", STARTS_INFINITE)
-@pytest.mark.parametrize("bad_step", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "check_update", "bad_step"),
+    [
+        ("reduce_on_plateau", False, 0),
+        ("reduce_on_plateau", True, 1),
+        ("lbfgs", False, 1),
+        ("lbfgs", True, 0),
+    ],
+)
 def test_infinities_of_init_are_no_fault(name, check_update, bad_step):
     params = {"scalar": jnp.float32(2.0), "w": jnp.array([1.0, -1.0])}
     tx = og.guard(STARTS_INFINITE[name](), check_update=check_update)
@@ -266,13 +265,14 @@ def test_infinity_of_init_excuses_nothing_else():
     assert after.skip_reason == PROPOSAL
 
 
-def test_flag_of_init_is_kept_per_leaf_of_the_state():
-    params = {"w": jnp.ones(2)}
+def test_flag_of_init_is_kept_per_leaf_of_state_and_parameters():
+    params = {"w": jnp.array([0.0, -jnp.inf])}
     state = og.guard(STARTS_INFINITE["reduce_on_plateau"]()).init(params)
-    leaves = [x for x in jax.tree.leaves(state.inner_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    leaves = jax.tree.leaves((state.inner_state, params))
+    leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     expected = [not bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves]
     assert state.initially_nonfinite.tolist() == expected
-    assert sum(expected) == 1
+    assert sum(expected) == 2
 
 
 # What stands in the state besides floats

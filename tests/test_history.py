@@ -323,7 +323,7 @@ def test_loaded_history_goes_on_in_memory_only(tmp_path):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("cut", [1, 2, 30, "all but one", "line break"])
+@pytest.mark.parametrize("cut", [1, "all but one", "line break"])
 def test_torn_last_line_is_left_out_and_said(tmp_path, cut):
     path = tmp_path / "h.jsonl"
     record(0.1, 0.2, 0.3, path=path).close()
@@ -727,9 +727,9 @@ def test_skip_is_told_with_step_reason_condition_and_layers():
         history.append(step, state)
     text = history.summary()
     assert "skipped: 3 of 13 steps" in text
-    where = "in Dense_2/kernel, Dense_10/kernel"
+    where = "(Dense_2/kernel, Dense_10/kernel)"
     between = "step 5 (1 more between the records of steps 3 and 6)"
-    assert f"  {between}: gradients were not finite, {where}" in text
+    assert f"  {between}: gradients were not finite {where}" in text
     assert "  step 11: rejected by the condition spike" in text
     assert "fault_leaves" not in history.records[3]  # of the spike, which had none
     explained = og.explain(state, params)  # counts the same way
@@ -765,7 +765,7 @@ def test_summary_counts_and_tabulates(monkeypatch, has_rich):
     lines = [line.split() for line in text.splitlines()]
     assert text.splitlines()[0] == "7 records, steps 0 to 6"
     assert "skipped: 1 of 6 steps" in text
-    assert "  step 2: gradients were not finite, in all layers" in text
+    assert "  step 2: gradients were not finite (all layers)" in text
     assert "clip_by_norm: cut 2 of 6 steps" in text
     assert "gave up" not in text
     assert ["loss", "inf", "inf", "nan", "nan", "nan", "1"] in lines
@@ -812,10 +812,11 @@ def test_unused_gradients_are_in_no_table_and_stacked_layers_have_their_own_row(
 
 
 def test_labels_keep_what_tells_layers_apart():
-    names = [f"params/encoder/block_{i}/self_attention/query/kernel" for i in (1, 2, 11)]
+    blocks = [(i, part) for i in (1, 11) for part in ("query", "value")]
+    names = [f"params/encoder/block_{i}/self_attention/{part}/kernel" for i, part in blocks]
     labels = _layers.shorten([*names, "params/head/kernel"], 30)
-    expected = [f"…/block_{i}/…/query/kernel" for i in (11,)]
-    expected = [f"encoder/block_{i}/…/query/kernel" for i in (1, 2)] + expected
+    starts = {1: "encoder/block_1", 11: "…/block_11"}
+    expected = [f"{starts[i]}/…/{part}/kernel" for i, part in blocks]
     assert labels == [*expected, "head/kernel"]
     long = ["a/" + "x" * 50 + number for number in "12"]
     assert _layers.shorten(long, 20) == ["xxxxxxxxx…xxxxxxxxx1", "xxxxxxxxx…xxxxxxxxx2"]

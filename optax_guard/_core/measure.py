@@ -13,25 +13,28 @@ finite (at zero, at 1e-30, and next to a NaN).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_guard._core.arrays import replicated
 from optax_guard._core.axes import NO_AXES, MeshAxes
-from optax_guard._core.batches import load, make_batches
 from optax_guard._core.groups import Groups
 from optax_guard._core.listening import Heard, announce
 from optax_guard._core.rescale import RANGES, any_of, factors_to, scale_by, widen
-
-# From what is on one device, and whether the leaves are non-finite there, numbers to add up over
-# all devices: ``(leaves, watched, is_bad) -> [n]``.
-Watch = Callable[[tuple[jax.Array, ...], Any, jax.Array], jax.Array]
+from optax_guard._core.sums import (
+    MeasureCall,
+    Sums,
+    at_all_scales,
+    batches_of,
+    load_batch,
+    reread,
+    squared_sum,
+    unload,
+)
 
 # Squared norm of a row below which elements of a large array may have underflowed.
 _SMALL_ROW = {np.dtype("float32"): 2.0**-100, np.dtype("float64"): 2.0**-800}
@@ -57,158 +60,6 @@ class Measurement(NamedTuple):
     norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: Any
-
-
-class MeasureCall(NamedTuple):
-    """Static arguments of a measurement.
-
-    Attributes:
-      groups: which elements share a norm.
-      is_used: for each leaf whether it is looked at; the others count as zero.
-      axes: mesh axes over which the leaves are sharded.
-      watch: what else to sum over the devices.
-    """
-
-    groups: Groups
-    is_used: tuple[bool, ...]
-    axes: MeshAxes
-    watch: Watch | None
-
-
-def squared_sum(leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    """Sum of ``|leaf|**2`` over ``axes``, in ``dtype``, shape as in ``Groups.blocks``."""
-    if jnp.iscomplexobj(leaf):
-        return squared_sum(leaf.real, axes, dtype) + squared_sum(leaf.imag, axes, dtype)
-    # Without the barrier XLA finds the squares that Adam needs too, and the float32 copy of a
-    # bfloat16 leaf, and writes them to memory to share them: up to 3x the bytes.
-    leaf = lax.optimization_barrier(leaf).astype(dtype)
-    if len(axes) == leaf.ndim:
-        # A dot product, because XLA merges sum(g * g) with the g * g of Adam into one
-        # materialised square. HIGHEST: TPUs would multiply in bfloat16.
-        return lax.dot_general(
-            leaf,
-            leaf,
-            ((axes, axes), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            out_sharding=_sharding_of_sum(leaf),
-        )
-    return jnp.sum(leaf * leaf, axis=axes, keepdims=True)
-
-
-def _sharding_of_sum(leaf: jax.Array) -> NamedSharding | None:
-    """On a mesh of explicit axes that split the leaf, JAX wants to be told: on every device."""
-    sharding = jax.typeof(leaf).sharding
-    is_split = any(axis is not None for axis in sharding.spec)
-    return NamedSharding(sharding.mesh, PartitionSpec()) if is_split else None
-
-
-def _rescaled_sum(
-    leaf: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array
-) -> jax.Array:
-    """Sum of ``|scale * leaf|**2``; no dot product, which would need ``scale * leaf`` in memory."""
-    if jnp.iscomplexobj(leaf):
-        real, imag = (_rescaled_sum(x, axes, dtype, scale) for x in (leaf.real, leaf.imag))
-        return real + imag
-    scaled = leaf.astype(dtype) * scale
-    return jnp.sum(scaled * scaled, axis=axes, keepdims=len(axes) < leaf.ndim)
-
-
-def _make_batches(leaves: Sequence[jax.Array], call: MeasureCall) -> list[list[int]]:
-    """Indices of the used leaves that are reduced together."""
-    groups = call.groups
-    used = [index for index, is_used in enumerate(call.is_used) if is_used]
-    if groups.kind == "each":
-        return [[index] for index in used]
-    flat = [index for index in used if groups.depths[index] == 0]
-    batches = make_batches([leaves[index] for index in flat])
-    stacks = [[index] for index in used if groups.depths[index] > 0]
-    return [[flat[place] for place in batch] for batch in batches] + stacks
-
-
-def _load(
-    batch: Sequence[int], leaves: Sequence[jax.Array], groups: Groups
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """The one leaf of a batch, or a stack of them, and the axes to reduce."""
-    first, *others = batch
-    if not others:
-        return leaves[first], groups.term_axes(first)
-    return load(batch, leaves), tuple(axis + 1 for axis in groups.axes[first])
-
-
-def _unload(
-    parts: Sequence[jax.Array], batches: Sequence[Sequence[int]], call: MeasureCall
-) -> tuple[jax.Array, ...]:
-    """One vector of rows, or one array a leaf for "each", from one array for each batch."""
-    groups = call.groups
-    if groups.kind == "each":
-        by_leaf = {batch[0]: part for batch, part in zip(batches, parts, strict=True)}
-        terms = tuple(
-            replicated(by_leaf[index]) if index in by_leaf else jnp.zeros(shape, groups.dtype)
-            for index, shape in enumerate(groups.term_shapes())
-        )
-        return (groups.flatten(terms),) if groups.is_flat else terms
-    starts = np.cumsum([0, *groups.rows])
-    order = [row for batch in batches for i in batch for row in range(starts[i], starts[i + 1])]
-    count = int(starts[-1])
-    if not parts:
-        return (jnp.zeros((count,), groups.dtype),)
-    flat = [replicated(part).reshape(-1) for part in parts]
-    vector = lax.optimization_barrier(jnp.concatenate(flat))
-    if order == list(range(count)):
-        return (vector,)
-    if len(order) < count:  # a place of its own, of zero, for all that is not used
-        vector = jnp.append(vector, jnp.zeros((), vector.dtype))
-    places = np.full(count, len(order))
-    places[order] = np.arange(len(order))
-    return (vector.at[places].get(mode="promise_in_bounds"),)
-
-
-class _Sums(NamedTuple):
-    """Sums of squares at three scales, each in the form of ``_unload``."""
-
-    down: tuple[jax.Array, ...]
-    plain: tuple[jax.Array, ...]
-    up: tuple[jax.Array, ...]
-
-
-def _at_all_scales(
-    sums: Sequence[jax.Array], scales: Sequence[jax.Array | float], dtype: np.dtype
-) -> _Sums:
-    """From sums of ``|scale * leaf|**2`` to those at the three scales."""
-
-    def at_scale(wanted):
-        return tuple(
-            jnp.square(jnp.sqrt(part) * (wanted / scale))
-            for part, scale in zip(sums, scales, strict=True)
-        )
-
-    r = RANGES[dtype]
-    return _Sums(at_scale(r.down), at_scale(1.0), at_scale(r.up))
-
-
-def _reread(leaves: Sequence[jax.Array], terms: Sequence[jax.Array], call: MeasureCall) -> _Sums:
-    """Sums of squares of leaves whose own plain sums, a term a batch, may be out of range."""
-    groups = call.groups
-    r = RANGES[groups.dtype]
-    # One scalar for each leaf, made from its own sum: XLA:CPU multiplies and sums in one pass
-    # only if no two leaves share the broadcast factor.
-    scales = [
-        lax.select(
-            term <= r.high,
-            lax.select(term < r.low, lax.full_like(term, r.up), lax.full_like(term, 1)),
-            lax.full_like(term, r.down),
-        )
-        for term in terms
-    ]
-    batches = _make_batches(leaves, call)
-    sums = [
-        _rescaled_sum(*_load(batch, leaves, groups), groups.dtype, scale)
-        for batch, scale in zip(batches, scales, strict=True)
-    ]
-    sums, scales = (_unload(parts, batches, call) for parts in (sums, scales))
-    # What is not used has the sum 0, at any scale.
-    scales = [jnp.where(scale > 0, scale, 1) for scale in scales]
-    return _at_all_scales(sums, scales, groups.dtype)
 
 
 def _root(
@@ -253,7 +104,7 @@ def merge_rows(measured: Measurement, groups: Groups) -> Measurement:
     )
 
 
-def _roots(sums: _Sums, sizes: jax.Array, groups: Groups) -> Measurement:
+def _roots(sums: Sums, sizes: jax.Array, groups: Groups) -> Measurement:
     """All norms from sums that may be out of range at one or two of the scales."""
     roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
     norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
@@ -340,9 +191,11 @@ def _measure(
     call: MeasureCall,
 ) -> tuple[Measurement, jax.Array | None]:
     groups, axes = call.groups, call.axes
-    batches = _make_batches(leaves, call)
-    terms = tuple(squared_sum(*_load(batch, leaves, groups), groups.dtype) for batch in batches)
-    stacked = _unload(terms, batches, call)
+    batches = batches_of(leaves, call)
+    terms = tuple(
+        squared_sum(*load_batch(batch, leaves, groups), groups.dtype) for batch in batches
+    )
+    stacked = unload(terms, batches, call)
     shards = [axes.num_shards(index) for index in range(len(leaves))]
     sizes = groups.sizes(call.is_used, shards)
     is_cold = _is_cold(leaves, stacked, small_norms_matter, small_rows_matter, call)
@@ -352,7 +205,7 @@ def _measure(
     if not axes.names:
         measured = lax.cond(
             is_cold,
-            lambda leaves, terms, *_: _roots(_reread(leaves, terms, call), sizes, groups),
+            lambda leaves, terms, *_: _roots(reread(leaves, terms, call), sizes, groups),
             lambda leaves, terms, stacked: _plain_roots(stacked, terms, sizes, call),
             leaves,
             terms,
@@ -361,13 +214,13 @@ def _measure(
         return measured, None
     sums = lax.cond(
         is_cold,
-        lambda leaves, terms, _: _reread(leaves, terms, call),
-        lambda leaves, terms, stacked: _at_all_scales(stacked, [1.0] * len(stacked), groups.dtype),
+        lambda leaves, terms, _: reread(leaves, terms, call),
+        lambda leaves, terms, stacked: at_all_scales(stacked, [1.0] * len(stacked), groups.dtype),
         leaves,
         terms,
         stacked,
     )
-    sums = _Sums(*(tuple(_count_once(part, call)) for part in sums))
+    sums = Sums(*(tuple(_count_once(part, call)) for part in sums))
     if call.watch is None:
         return _roots(axes.psum(sums), sizes, groups), None
     is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in stacked), jnp.zeros((), groups.dtype)))

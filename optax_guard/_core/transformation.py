@@ -26,7 +26,7 @@ def transformation(init: Any, update: Callable[..., Any]) -> optax.GradientTrans
     @functools.wraps(update)
     def run(updates, state, params=None, **extra_args):
         arguments = (updates, state, params)
-        if not getattr(jax.config, "jax_disable_jit") and _all_concrete(arguments):
+        if _all_concrete(arguments):
             dynamic, static = {}, []
             for name, value in extra_args.items():
                 if _all_concrete(value):

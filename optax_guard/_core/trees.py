@@ -65,10 +65,16 @@ class FloatLeaves(NamedTuple):
         return jax.tree.unflatten(self.treedef, nodes)
 
     def matching(self, tree: Any) -> tuple[jax.Array, ...]:
-        """The leaves of ``tree`` (parameters) that stand where this tree has inexact leaves."""
-        found = []
+        """The leaves of ``tree`` (parameters) that stand where this tree has inexact leaves.
+
+        Where ``tree`` has ``None`` as well, the zeros of ``arrays``.
+        """
+        found: list[Any] = []
         for part, count in zip(self.treedef.flatten_up_to(tree), self.slots, strict=True):
-            found += inexact_leaves(part) if count > 1 else [part] * count
+            if part is None:
+                found += self.arrays[len(found) : len(found) + count]
+            else:
+                found += inexact_leaves(part) if count > 1 else [part] * count
         return tuple(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in found)
 
 

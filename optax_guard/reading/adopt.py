@@ -24,10 +24,10 @@ from optax_guard.reading._nodes import (
 )
 from optax_guard.reading.find import refuse_tracers
 from optax_guard.reading.names import condition_names
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.rollback import RollbackState
 
-_ROW_ENTRIES = ("row_flags", "leaf_norms", "last_fault_norms")
+_ROW_ENTRIES = ("last_fault_leaves", "row_layout", "leaf_norms", "last_fault_norms")
 
 
 def adopt(new_state: Any, old_state: Any) -> Any:

@@ -19,7 +19,7 @@ from optax_guard.reading.names import (
     named_leaves,
     network_order,
 )
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
 from optax_guard.wrappers.reasons import SkipReason

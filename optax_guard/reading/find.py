@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from optax_guard._core.find import is_own_state
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.rollback import RollbackState
 
 _SNAPSHOT = ("snapshot_params", "snapshot_state")

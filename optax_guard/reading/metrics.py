@@ -20,7 +20,7 @@ from optax_guard.reading.find import (
     first_leaf,
 )
 from optax_guard.reading.names import Stacked, gradient_leaves, guard_rows
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
 

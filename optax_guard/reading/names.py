@@ -15,7 +15,7 @@ from jax.core import Tracer
 from optax_guard._core.groups import row_suffixes
 from optax_guard._core.trees import is_inexact
 from optax_guard.reading.find import Found
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 
 Stacked = Callable[[str, Any], bool | int] | None
 

@@ -28,9 +28,9 @@ from optax_guard._core.rescale import Scaling, rescale
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves
+from optax_guard.rules._packing import pack, unpack_all
 
 _SMALL_NORM = 1e-9  # measured without the second read, norms down to here are right
-_MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
 
 
 class Context(NamedTuple):
@@ -156,10 +156,10 @@ def limit_norms(
     def init(params):
         groups = groups_of(float_leaves(params))
         if groups.kind != "each":
-            return start_counting(state_type, _pack(rule.init(groups.blocks[0]), groups.blocks[0]))
+            return start_counting(state_type, pack(rule.init(groups.blocks[0]), groups.blocks[0]))
         if _is_placeholder(params):
             return start_counting(state_type, jnp.zeros(()))
-        histories = tuple(_pack(rule.init(block), block) for block in groups.blocks)
+        histories = tuple(pack(rule.init(block), block) for block in groups.blocks)
         return start_counting(state_type, histories if jax.tree.leaves(histories) else ())
 
     def update(updates, state, params=None, **extra_args):
@@ -178,10 +178,10 @@ def limit_norms(
             is_used=split.is_present,
             small_norms_matter=_small_norms_matter(rule, contexts),
         )
-        histories = _unpack_all(rule, state.history, groups, name)
+        histories = unpack_all(rule.init, state.history, groups, name)
         scaling, new_histories = _decide(rule, measured, histories, contexts, groups)
         arrays = rescale(split.arrays, scaling, groups)
-        packed = tuple(map(_pack, new_histories, groups.blocks))
+        packed = tuple(map(pack, new_histories, groups.blocks))
         if groups.is_flat and jax.tree.leaves(state.history):
             packed = tuple(groups.unflatten(packed[0]))
         history = packed if groups.kind == "each" else packed[0]
@@ -211,56 +211,6 @@ def _num_histories(history: Any) -> int | None:
     if isinstance(history, tuple):
         return len(history) or None
     return history.shape[-1] if history.ndim > 1 else None
-
-
-def _pack(history: Any, block: jax.ShapeDtypeStruct) -> Any:
-    """One array ``[rows, *block.shape]`` of all that a history holds; empty for nothing."""
-    rows = []
-    for leaf in jax.tree.leaves(history):
-        leaf = jnp.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = jnp.minimum(leaf.astype(jnp.int32), _MOST_COUNTED)
-        extra = leaf.ndim - len(block.shape)
-        leaf = leaf[jnp.newaxis] if extra == 0 else leaf
-        leaf = leaf.reshape(-1, *block.shape) if extra > 1 else leaf
-        rows.append(leaf.astype(block.dtype))
-    return jnp.concatenate(rows) if rows else ()
-
-
-def _unpack(packed: Any, rule: Rule, block: jax.ShapeDtypeStruct) -> Any:
-    """The inverse of ``_pack``."""
-    templates, treedef = jax.tree.flatten(jax.eval_shape(lambda: rule.init(block)))
-    extras = [leaf.shape[: leaf.ndim - len(block.shape)] for leaf in templates]
-    ends = np.cumsum([int(np.prod(extra)) for extra in extras])
-    leaves = []
-    for end, extra, template in zip(ends, extras, templates, strict=True):
-        part = packed[end - int(np.prod(extra)) : end]
-        part = part[0] if extra == () else part
-        part = part.reshape(template.shape) if len(extra) > 1 else part
-        leaves.append(part.astype(template.dtype))
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _unpack_all(rule: Rule, history: Any, groups: Groups, name: str) -> list[Any]:
-    leaf_groups = groups._replace(is_flat=False)
-    packed: Any = history if groups.kind == "each" else (history,)
-    if not jax.tree.leaves(history):
-        packed = ((),) * len(leaf_groups.blocks)
-    expected = [
-        jax.eval_shape(lambda block=block: _pack(rule.init(block), block))
-        for block in leaf_groups.blocks
-    ]
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(part)] for part in (list(packed), expected)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"This state of {name} was made for other arrays, or with other arguments: its "
-            f"history has the shapes {shapes[0]}, these updates and arguments need {shapes[1]}. "
-            "Make a new one with init(params); where gradients are None, pass params to update()."
-        )
-    if groups.is_flat:
-        rows = packed[0].shape[0] if jax.tree.leaves(history) else 0
-        packed = [groups.flatten(packed, (rows,)) if rows else ()]
-    return [_unpack(part, rule, block) for part, block in zip(packed, groups.blocks, strict=True)]
 
 
 def _contexts(

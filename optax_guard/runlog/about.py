@@ -15,7 +15,7 @@ from optax_guard.reading.find import Found, find_outer_guards, find_states
 from optax_guard.reading.metrics import metrics
 from optax_guard.reading.names import NamedLeaf, condition_names, guard_rows
 from optax_guard.wrappers.clip_by_update_ratio import ClipByUpdateRatioState
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 
 # Rules that by default give each array, unit or element a factor of its own, or see no gradient.
 _PER_GROUP = (

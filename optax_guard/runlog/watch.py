@@ -70,7 +70,7 @@ def frame(records: Sequence[Record], about: About) -> Any:
     more = [f"... and {len(lines) - _MOST_LINES} more lines"] * (len(lines) > _MOST_LINES)
     parts = [_numbers(events), Panel(Text("\n".join(lines[:_MOST_LINES] + more)), title="events")]
     worst = _worst_layers(events, about)
-    parts += [worst] if worst is not None else []
+    parts += ["largest layer norms", worst] if worst is not None else []
     return Group(Text(f"step {events.steps[-1]}, {len(records)} records", style="bold"), *parts)
 
 
@@ -125,7 +125,7 @@ def _worst_layers(events: Events, about: About) -> Any:
     is_finite = np.isfinite(data[known])
     order = known[np.lexsort((-np.where(is_finite, data[known], 0), is_finite))]
     labels = shorten(names_for(norms.shape[1], about.leaf_names), 40)
-    table = Table(box=None, pad_edge=False, show_header=False, title="largest layer norms")
+    table = Table(box=None, pad_edge=False, show_header=False)
     for leaf in order[:_MOST_LAYERS]:
         course = norms[:, leaf].compressed()
         style = "" if np.isfinite(data[leaf]) else "bold red"

@@ -111,10 +111,10 @@ def _where(record: Record, about: About) -> str:
     if not bad or max(bad) >= len(norms):
         return ""
     if len(bad) >= count > 1:
-        return ", in all layers"
+        return " (all layers)"
     names = names_for(len(norms), about.leaf_names)
     shown = [names[row] for row in ordered(names, bad)]
-    return ", in " + _listing(shown)
+    return f" ({_listing(shown)})"
 
 
 def _listing(names: Sequence[str]) -> str:

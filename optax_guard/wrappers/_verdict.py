@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._core.find import states_of_type
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 
 
 class Verdict(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +11,11 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import (
-    is_partitioned,
-    promote,
-    replicated,
     root_sum_square,
     safe_ratio,
-    times,
     tree_where,
 )
-from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes, resolve_axes_at_init
+from optax_guard._core.axes import AxisName, resolve_axes, resolve_axes_at_init
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -42,6 +37,7 @@ from optax_guard._core.statistics import (
 )
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves, strong
+from optax_guard.wrappers._probe import Probe, count_as_weights
 
 _DISTRUST = 0.1  # power of the excess by which a gradient far beyond the limit is cut shorter still
 _EARLY_STEPS = 3  # the median of as many norms is a usual one, whichever of them is wrong
@@ -280,7 +276,7 @@ def clip_by_update_ratio(
         scale = jnp.minimum(1, safe_ratio(jnp.minimum(median_limit, _LONGEST_PROBE), safe_norm))
         is_power_of_two = (state.steps & (state.steps - 1)) == 0  # and 0
         is_due = is_usable & (is_power_of_two | (state.steps % measure_every == 0))
-        probe = _Probe(inner_update, extra_args, groups, axes)
+        probe = Probe(inner_update, extra_args, groups, axes)
         sums = lax.cond(
             is_due,
             probe.squared_sums,
@@ -357,104 +353,12 @@ def _usual_norm(first: FirstNorms, state: ClipByUpdateRatioState) -> jax.Array:
 
 def _initial_norms(split: FloatLeaves, groups: Groups, axis_name: AxisName) -> jax.Array:
     """Norms of matrices and tensors; 0 for the others, whose size says nothing about their step."""
-    is_weight = np.repeat(_count_as_weights(groups), groups.rows)
+    is_weight = np.repeat(count_as_weights(groups), groups.rows)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in split.arrays):
         return jnp.zeros(is_weight.shape, jnp.float32)
     axes = resolve_axes_at_init(axis_name, split.paths, split.arrays)
     norms = measure(split.arrays, groups, axes=axes).leaf_norms
     return jnp.where(is_weight & jnp.isfinite(norms), norms, 0)
-
-
-def _count_as_weights(groups: Groups) -> np.ndarray:
-    """For each leaf whether a layer of it is a matrix or more."""
-    pairs = zip(groups.shapes, groups.depths, strict=True)
-    return np.array([len(shape) - depth >= 2 for shape, depth in pairs], np.bool_)
-
-
-class _Probe(NamedTuple):
-    """Evaluates the optimizer to see how strongly it answers to a gradient."""
-
-    update: Any
-    extra_args: dict[str, Any]
-    groups: Groups
-    axes: MeshAxes
-
-    def squared_sums(self, gradients, scale, inner_state, params) -> jax.Array:
-        """Of what this gradient alone adds to the update, and of the parameters.
-
-        The response of an optimizer with momentum or weight decay to no gradient is subtracted.
-
-        Returns:
-          float32 ``[rows, 2]``; on each device those of its own shards.
-        """
-        # Without the barriers XLA:GPU turns the branch into a select, and evaluates it always.
-        gradients, params = jax.tree.map(_barrier, (gradients, params))
-        split = float_leaves(gradients, gradient_like(params))
-        scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
-        zeros = [jnp.zeros_like(leaf) for leaf in split.arrays]
-        moved, _ = self.update(scaled, inner_state, params, **self.extra_args)
-        resting, _ = self.update(split.replace(zeros), inner_state, params, **self.extra_args)
-        moved, resting = (split.matching(gradient_like(tree)) for tree in (moved, resting))
-        weights = zeros if params is None else split.matching(gradient_like(params))
-        rows = self._rows(list(map(_change, moved, resting)), weights)
-        return self._varying(rows)
-
-    def nothing(self, gradients, scale, inner_state, params) -> jax.Array:
-        """Zeros of the same type."""
-        del gradients, scale, inner_state, params
-        return self._varying(jnp.zeros((sum(self.groups.rows), 2), jnp.float32))
-
-    def _rows(self, changes: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
-        counts = _count_as_weights(self.groups)
-        parts = [jnp.zeros((0, 2), jnp.float32)]
-        for i, (change, weight) in enumerate(zip(changes, weights, strict=True)):
-            zeros = jnp.zeros((self.groups.rows[i], 2), jnp.float32)
-            depth = self.groups.depths[i]
-            parts.append(_squared_sums(change, weight, depth) if counts[i] else zeros)
-        parts = [parts[0], *self.axes.count_once(parts[1:])]
-        return jnp.concatenate(parts)
-
-    def _varying(self, rows: jax.Array) -> jax.Array:
-        """The same over all named axes, for the types of ``shard_map``."""
-        for name in self.axes.names:
-            rows = rows + 0.0 * lax.axis_index(name).astype(rows.dtype)
-        return rows
-
-
-def _barrier(leaf: Any) -> Any:
-    is_array = isinstance(leaf, jax.Array) and leaf.dtype != jax.dtypes.float0
-    return lax.optimization_barrier(leaf) if is_array else leaf
-
-
-def _change(moved: jax.Array, resting: jax.Array) -> jax.Array:
-    wide = promote(moved.dtype, jnp.float32)
-    return moved.astype(wide) - resting.astype(wide)
-
-
-def _squared_sums(change: jax.Array, weights: jax.Array, depth: int) -> jax.Array:
-    """Those of both, for each layer of a stack: float32 ``[layers, 2]``.
-
-    Both in one reduction, because XLA on CPU writes an array as large as ``weights`` to memory for
-    two separate ones. It adds one by one in float32: first within rows, so that the rounding does
-    not pile up. Split along the rows, its partial sums would be gathered; the separate ones are
-    all-reduced.
-    """
-    rest = tuple(range(depth, weights.ndim))
-    if is_partitioned(weights):
-        sums = [jnp.sum(_squares(leaf), axis=rest) for leaf in (change, weights)]
-        return jnp.stack([replicated(part).reshape(-1) for part in sums], axis=-1)
-    zero = jnp.zeros((), jnp.float32)
-    rows = lax.reduce(
-        (_squares(change), _squares(weights)),
-        (zero, zero),
-        lambda total, term: (total[0] + term[0], total[1] + term[1]),
-        (weights.ndim - 1,),
-    )
-    return jnp.stack([jnp.sum(row, axis=rest[:-1]).reshape(-1) for row in rows], axis=-1)
-
-
-def _squares(leaf: jax.Array) -> jax.Array:
-    return jnp.square(jnp.abs(leaf).astype(jnp.float32))
 
 
 def _response(norms, gradient_norms, is_due, state) -> tuple[jax.Array, jax.Array]:

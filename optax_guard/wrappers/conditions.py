@@ -32,7 +32,7 @@ class Condition(NamedTuple):
       >>> tx = og.guard(optax.sgd(1.0), skip_if=negative)
       >>> _, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=-1.0)
       >>> print(og.explain(state).splitlines()[0])
-      Step 1 was skipped: a skip_if condition rejected the step: negative loss (reason 8).
+      Step 0 was skipped: a skip_if condition rejected the step: negative loss (reason 8).
     """
 
     name: str

@@ -20,11 +20,13 @@ from optax_guard._core.checks import (
 )
 from optax_guard._core.find import is_wrapper_state, states_of_type
 from optax_guard._core.inner import gradient_like, tolerant_update
-from optax_guard._core.interpret import Reading, make_reader, propose, run
+from optax_guard._core.interpret import run
+from optax_guard._core.plan import propose
+from optax_guard._core.reader import Reading, make_reader
 from optax_guard._core.states import Entry, PackedState, flag
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
-from optax_guard.wrappers.guard import GuardState
+from optax_guard.wrappers.guard_state import GuardState
 
 _LARGEST_SCALE = 2.0**126  # its reciprocal is no subnormal float32
 

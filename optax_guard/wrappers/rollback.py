@@ -133,8 +133,7 @@ def rollback(
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
         require_guard(inner_state, "rollback")
-        # Copies: no buffer can be donated twice.
-        copies = jax.tree.map(jnp.copy, _snapshot_of(params, inner_state))
+        copies = jax.tree.map(_copy, _snapshot_of(params, inner_state))
         return RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=copies.params,
@@ -214,6 +213,11 @@ def rollback(
         )
 
     return transformation(init, update)
+
+
+def _copy(leaf: Any) -> Any:
+    """No buffer can be donated twice; shapes, to plan memory with, have none."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
 
 
 class _Snapshot(NamedTuple):

@@ -1,0 +1,241 @@
+"""What a wrapped optimizer would do, as a jaxpr that can be evaluated piece by piece.
+
+The jaxpr tells which gradients reach an output at all. What a clip inside measures of the very
+gradients that the guard measures is cut out of it, to be answered with the guard's own
+measurement; what nothing depends on then is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from optax_guard._core.listening import Heard, listen_for
+from optax_guard._core.sums import MeasureCall
+from optax_guard._core.trees import FloatLeaves, is_inexact, strong
+
+
+class Program(NamedTuple):
+    """A jaxpr without what its outputs do not depend on.
+
+    Attributes:
+      jaxpr: of some inputs of the call.
+      is_input: which of them.
+    """
+
+    jaxpr: core.Jaxpr
+    is_input: tuple[bool, ...]
+
+    def evaluate(
+        self,
+        values: Sequence[Any],
+        old_values: dict[core.Var, Any] | None = None,
+        select: Callable[[Any, Any], Any] = lambda new, old: new,
+    ) -> list[Any]:
+        """Its outputs for all inputs of the call; see ``_evaluate``."""
+        inputs = [value for value, wanted in zip(values, self.is_input, strict=True) if wanted]
+        return _evaluate(self.jaxpr, inputs, old_values or {}, select)
+
+
+class Plan(NamedTuple):
+    """What ``inner.update`` would do, without any array: JAX keeps hold of it for derivatives.
+
+    Attributes:
+      program: gives the leaves of the updates, then of the new state, from the arguments and
+        then the results of the measurement inside.
+      question: gives what of that measurement's operands must be known, from the arguments.
+      heard: the measurement inside; None if there is none.
+      is_used: for each leaf of the gradients whether an output depends on it.
+      gradients: for each of these its place among the arguments; None if it is missing.
+      sanitized: which of the arguments may be non-finite on a skipped step.
+      old_state: leaves of the current state among the arguments.
+      update_treedef: structure of the updates.
+      state_treedef: structure of the state.
+    """
+
+    program: Program
+    question: Program | None
+    heard: MeasureCall | None
+    is_used: tuple[bool, ...]
+    gradients: tuple[int | None, ...]
+    sanitized: frozenset[int]
+    old_state: range
+    update_treedef: Any
+    state_treedef: Any
+
+
+class Proposal(NamedTuple):
+    """A plan and what it is for.
+
+    Attributes:
+      plan: what would be done.
+      arguments: consts, then leaves of gradients, state, params and extra arguments.
+    """
+
+    plan: Plan
+    arguments: tuple[Any, ...]
+
+
+def propose(
+    update: Callable[..., tuple[Any, Any]],
+    gradients: FloatLeaves,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> Proposal:
+    """Traces ``update(gradients, state, params, **extra_args)`` to a jaxpr."""
+    static = {name: value for name, value in extra_args.items() if not _is_tree_of_arrays(value)}
+    dynamic = {name: value for name, value in extra_args.items() if name not in static}
+    heard: list[Heard] = []
+
+    def call(nodes, state, params, dynamic):
+        tree = jax.tree.unflatten(gradients.treedef, nodes)
+        arrays = _same_arrays(gradients, nodes)
+        with listen_for(arrays) as listener:
+            updates, new_state = update(tree, state, params, **dynamic, **static)
+        found = listener.heard
+        heard.extend([] if found is None else [found._replace(small_norms_matter=None, result=())])
+        question = () if found is None else (found.small_norms_matter,)
+        return updates, new_state, question, () if found is None else found.result
+
+    inputs = (list(gradients.nodes), state, params, dynamic)
+    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*inputs)
+    _check_state(state, shapes[1])
+
+    counts = [len(closed.consts), *(len(jax.tree.leaves(part)) for part in inputs)]
+    starts = np.cumsum([0, *counts]).tolist()
+    sections = [range(a, b) for a, b in itertools.pairwise(starts)]
+    arguments = (*closed.consts, *map(_as_argument, jax.tree.leaves(inputs)))
+    faulty = [*sections[1], *sections[4]]
+    places = _places(gradients, sections[1].start)
+    num_main = len(jax.tree.leaves(shapes[:2]))
+    programs = _split(closed.jaxpr, num_main, bool(heard))
+    is_used = tuple(place is not None and programs[0].is_input[place] for place in places)
+    plan = Plan(
+        program=programs[0],
+        question=programs[1],
+        heard=heard[0].call if heard else None,
+        is_used=is_used,
+        gradients=places,
+        sanitized=frozenset(i for i in faulty if is_inexact(arguments[i])),
+        old_state=sections[2],
+        update_treedef=jax.tree.structure(shapes[0]),
+        state_treedef=jax.tree.structure(state),
+    )
+    return Proposal(plan, arguments)
+
+
+def _same_arrays(gradients: FloatLeaves, nodes: Sequence[Any]) -> list[Any]:
+    """The nodes that stand for ``gradients.arrays``, in their order."""
+    pairs = zip(nodes, gradients.slots, strict=True)
+    return [node for node, count in pairs for _ in range(count)]
+
+
+def _places(gradients: FloatLeaves, start: int) -> tuple[int | None, ...]:
+    """For each gradient its place among the arguments, which have no place for ``None``."""
+    places: list[int | None] = []
+    next_place = start
+    for node, count in zip(gradients.nodes, gradients.slots, strict=True):
+        places += [None if node is None else next_place] * count
+        next_place += node is not None
+    return tuple(places)
+
+
+def _split(
+    jaxpr: core.Jaxpr, num_main: int, has_measurement: bool
+) -> tuple[Program, Program | None]:
+    """The program without the measurement inside, and that which its operands take."""
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    main, question = jaxpr.outvars[:num_main], jaxpr.outvars[num_main : num_main + 1]
+    answers = jaxpr.outvars[num_main + 1 :] if has_measurement else []
+    produced = set(answers)
+    equations = [e for e in jaxpr.eqns if produced.isdisjoint(e.outvars)]
+    program = _program(jaxpr, [*inputs, *answers], main, equations)
+    if not has_measurement:
+        return program, None
+    return program, _program(jaxpr, inputs, question, jaxpr.eqns)
+
+
+def _program(
+    jaxpr: core.Jaxpr, inputs: list[Any], outputs: list[Any], equations: list[Any]
+) -> Program:
+    debug_info = jaxpr.debug_info._replace(
+        arg_names=("",) * len(inputs), result_paths=("",) * len(outputs)
+    )
+    whole = core.Jaxpr([], inputs, outputs, equations, jaxpr.effects, debug_info)
+    jaxpr, is_input = dce_jaxpr(whole, [True] * len(outputs))
+    return Program(jaxpr, tuple(is_input))
+
+
+def _as_argument(leaf: Any) -> Any:
+    return strong(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
+
+
+def _is_tree_of_arrays(value: Any) -> bool:
+    return all(
+        isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+        for leaf in jax.tree.leaves(value)
+    )
+
+
+def _check_state(old: Any, new: Any) -> None:
+    """The state must keep its structure and shapes, or no skip could restore it."""
+    old_leaves, old_treedef = jax.tree_util.tree_flatten_with_path(old)
+    new_leaves, new_treedef = jax.tree.flatten(new)
+    if old_treedef != new_treedef:
+        raise TypeError(
+            "The wrapped optimizer changes the structure of its state in update(), so a skipped "
+            "step could not restore it. Give it a state whose structure is fixed by init(). "
+            f"From init(): {old_treedef}. From update(): {new_treedef}."
+        )
+    for (path, before), after in zip(old_leaves, new_leaves, strict=True):
+        if np.shape(before) != after.shape:
+            raise TypeError(
+                f"The wrapped optimizer changes the shape of its state at "
+                f"{jax.tree_util.keystr(path)} from {np.shape(before)} to {after.shape}. Call "
+                "init() with parameters of the shapes that update() receives."
+            )
+
+
+def _read(known: dict[core.Var, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+
+def _evaluate_equation(equation: core.JaxprEqn, known: dict[core.Var, Any]) -> dict[core.Var, Any]:
+    values = [_read(known, atom) for atom in equation.invars]
+    parameters = equation.primitive.get_bind_params(equation.params)
+    if isinstance(parameters, tuple):  # JAX before 0.9 gives the functions apart
+        functions, parameters = parameters
+        values = [*functions, *values]
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*values, **parameters)
+    results = results if equation.primitive.multiple_results else [results]
+    return dict(zip(equation.outvars, results, strict=True))
+
+
+def _evaluate(
+    jaxpr: core.Jaxpr,
+    inputs: Sequence[Any],
+    old_values: dict[core.Var, Any],
+    select: Callable[[Any, Any], Any],
+) -> list[Any]:
+    """Evaluates a jaxpr, passing each value named in ``old_values`` through ``select``."""
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    for equation in jaxpr.eqns:
+        for var, value in _evaluate_equation(equation, values).items():
+            values[var] = select(value, old_values[var]) if var in old_values else value
+    return [_as_output(atom, _read(values, atom)) for atom in jaxpr.outvars]
+
+
+def _as_output(atom: Any, value: Any) -> Any:
+    # A literal may be a Python number, such as the False of a flag that update() always clears.
+    if not isinstance(atom, core.Literal):
+        return value
+    return jnp.asarray(value, getattr(atom.aval, "dtype", None))

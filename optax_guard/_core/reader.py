@@ -1,0 +1,107 @@
+"""Reads the gradients of a planned step once, for a guard and for the clip inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._core.axes import MeshAxes
+from optax_guard._core.groups import Stacked, make_groups
+from optax_guard._core.measure import Measurement, measure_and_watch, merge_rows
+from optax_guard._core.plan import Plan, Proposal
+from optax_guard._core.sums import MeasureCall, Watch
+from optax_guard._core.trees import FloatLeaves
+
+
+class Reading(NamedTuple):
+    """What is known of the gradients before the update.
+
+    Attributes:
+      norm: of all leaves together.
+      leaf_norms: float32 ``[rows]``.
+      leaf_finite: bool ``[rows]``.
+      noted: what ``watch`` found, added up over all devices; None without mesh axes.
+      answers: results of the measurement inside, flat.
+    """
+
+    norm: jax.Array
+    leaf_norms: jax.Array
+    leaf_finite: jax.Array
+    noted: jax.Array | None
+    answers: tuple[Any, ...]
+
+
+class Reader(NamedTuple):
+    """Measures the gradients among the arguments, in one read that a clip inside shares.
+
+    Attributes:
+      plan: for what.
+      call: the measurement.
+      is_shared: whether it answers for the one inside, too.
+    """
+
+    plan: Plan
+    call: MeasureCall
+    is_shared: bool
+
+    def read(
+        self,
+        arguments: Sequence[Any],
+        small_rows_matter: jax.Array | bool = False,
+        watched: Any = (),
+    ) -> Reading:
+        """All norms, and what ``call.watch`` finds."""
+        plan = self.plan
+        leaves = [
+            None if place is None else jnp.asarray(arguments[place]) for place in plan.gradients
+        ]
+        small_norms_matter: Any = True
+        if self.is_shared and plan.question is not None:
+            (small_norms_matter,) = plan.question.evaluate(arguments)
+        measured, noted = measure_and_watch(
+            leaves,
+            self.call,
+            small_norms_matter=small_norms_matter,
+            small_rows_matter=small_rows_matter,
+            watched=watched,
+        )
+        return Reading(*measured[-3:], noted, self._answers(measured, leaves, arguments))
+
+    def _answers(
+        self, measured: Measurement, leaves: Sequence[Any], arguments: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        heard = self.plan.heard
+        if heard is None or self.plan.question is None:
+            return ()
+        if self.is_shared:
+            if not heard.groups.has_stacks:
+                measured = merge_rows(measured, self.call.groups)
+            return tuple(jax.tree.leaves((measured, None)))
+        # Such as that of a guard inside, which watches for itself.
+        (small,) = self.plan.question.evaluate(arguments)
+        call = heard._replace(is_used=self.plan.is_used)
+        return tuple(jax.tree.leaves(measure_and_watch(leaves, call, small_norms_matter=small)))
+
+
+def make_reader(
+    proposal: Proposal,
+    gradients: FloatLeaves,
+    axes: MeshAxes,
+    *,
+    stacked: Stacked = None,
+    watch: Watch | None = None,
+) -> Reader:
+    """The reader of the gradients of a proposal."""
+    plan, heard = proposal.plan, proposal.plan.heard
+    groups = make_groups("global", gradients.paths, gradients.arrays, stacked=stacked)
+    is_shared = heard is not None and heard.axes == axes and heard.watch is None
+    if heard is not None and is_shared:
+        is_shared = heard.groups.depths == groups.depths or not (
+            heard.groups.has_stacks or heard.groups.is_flat
+        )
+        groups = heard.groups._replace(depths=groups.depths) if is_shared else groups
+    call = MeasureCall(groups, plan.is_used, axes, watch if axes.names else None)
+    return Reader(plan, call, is_shared)
