@@ -146,7 +146,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
     def handle_data(self, data):
         self.words += data

@@ -7,6 +7,7 @@ ends without ``close``, processes, a real TensorBoard writer, events read off co
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -26,7 +27,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -195,15 +196,18 @@ def test_guards_of_a_partition_are_recorded_side_by_side():
     assert entry["guard/fast/grad_norm"] == norms["dense/kernel"]
 
 
-def test_replicated_states_and_scalars_of_another_device_come_in_one_record():
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_replicated_states_and_scalars_of_another_device_come_in_one_record(kind):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(kind,))
     (state,) = states(0.5)
-    spread = jax.device_put(state, NamedSharding(mesh, P()))
-    history = og.History()
-    history.append(0, spread, loss=jax.device_put(jnp.float32(0.25), jax.devices()[3]))
     plain = og.History()
     plain.append(0, state, loss=0.25)
-    assert {**history.records[0]} == {**plain.records[0]}
+    spread = jax.device_put(state, NamedSharding(mesh, P()))
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        history = og.History()
+        with context:
+            history.append(0, spread, loss=jax.device_put(jnp.float32(0.25), jax.devices()[3]))
+        assert {**history.records[0]} == {**plain.records[0]}
 
 
 def test_state_restored_as_numpy_arrays_is_recorded():

@@ -80,7 +80,7 @@ def test_what_was_seen_of_the_micro_batch_is_kept():
     assert not state.skip_state.microbatch_skipped
     whole = np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(micro(1))))
     np.testing.assert_allclose(state.skip_state.microbatch_norm, whole, rtol=1e-6)
-    assert og.metrics(state)["guard/microbatch_norm"] == state.skip_state.microbatch_norm
+    assert og.metrics(state)["guard/skip_microbatch/microbatch_norm"] == state.skip_state.microbatch_norm
 
 
 def test_state_and_trace_are_stable():

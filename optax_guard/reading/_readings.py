@@ -14,7 +14,7 @@ from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import RANGES
 from optax_guard.reading.find import Found, find_outer_guards, refuse_batched
-from optax_guard.reading.names import NamedLeaf, gradient_leaves, guard_rows
+from optax_guard.reading.names import NamedLeaf, Row, gradient_leaves, guard_rows
 
 
 class Reading(NamedTuple):
@@ -47,38 +47,51 @@ def from_state(opt_state: Any, leaves: Sequence[NamedLeaf]) -> list[Reading] | N
     guards = find_outer_guards(opt_state)
     if not guards:
         return None
-    by_name = {leaf.name: jnp.asarray(leaf.leaf) for leaf in leaves}
+    params = {leaf.name: jnp.asarray(leaf.leaf) for leaf in leaves}
+    watched = [_watched_by(guard, leaves, params) for guard in guards]
+    numbers = jax.device_get([own.numbers for own in watched])
     readings: dict[str, list[Reading]] = {}
-    for guard in guards:
-        found = _from_guard(guard, leaves, by_name)
-        for name, rows in found.items():  # of guards in a row only the first sees the gradients
-            readings.setdefault(name, rows)
-    return [reading for name in by_name for reading in readings.get(name, ())]
+    for own, (step, *columns) in zip(watched, numbers, strict=True):
+        if step == 0:
+            raise ValueError("The guard has seen no gradients yet. Pass the state after an update.")
+        found: dict[str, list[Reading]] = {}
+        for row, shape, norm, is_unused, param in zip(own.rows, own.shapes, *columns, strict=True):
+            reading = Reading(row.name, shape, float(norm), _norm(param), None, not is_unused)
+            found.setdefault(row.leaf or row.name, []).append(reading)
+        readings = found | readings  # of guards in a row only the first sees the gradients
+    return [reading for name in params for reading in readings.get(name, ())]
 
 
-def _from_guard(
-    guard: Found, leaves: Sequence[NamedLeaf], by_name: Mapping[str, jax.Array]
-) -> dict[str, list[Reading]]:
-    """For each leaf that a guard watches its rows."""
-    state = jax.device_get(guard.state._replace(inner_state=()))
+class _Watched(NamedTuple):
+    """What a guard watches.
+
+    Attributes:
+      rows: leaves and layers.
+      shapes: of each row.
+      numbers: steps of the guard; for each row the norm, whether it is unused, and what
+        ``_numbers`` gives for the parameter.
+    """
+
+    rows: Sequence[Row]
+    shapes: Sequence[tuple[int, ...]]
+    numbers: tuple[Any, Any, Any, Sequence[jax.Array]]
+
+
+def _watched_by(
+    guard: Found, leaves: Sequence[NamedLeaf], params: Mapping[str, jax.Array]
+) -> _Watched:
+    state = guard.state
     refuse_batched("diagnose", state.guard_step)
-    if state.guard_step == 0:
-        raise ValueError("The guard has seen no gradients yet. Pass the state after an update.")
     known = guard_rows(guard, leaves)
     if not known.are_known:
         raise ValueError(
             "The guard sits inside optax.masked or optax.partition, and the state of its "
             "optimizer does not tell which leaves it watches. Pass the gradients instead."
         )
-    names = [row.leaf or "" for row in known.rows]
-    params = [by_name[name][row.layer] for name, row in zip(names, known.rows, strict=True)]
-    numbers = jax.device_get([_numbers(param) for param in params])
-    result: dict[str, list[Reading]] = {}
-    columns = (names, known.rows, params, state.leaf_norms, numbers, state.unused_leaves)
-    for name, row, param, norm, of_param, is_unused in zip(*columns, strict=True):
-        reading = Reading(row.name, param.shape, float(norm), _norm(of_param), None, not is_unused)
-        result.setdefault(name, []).append(reading)
-    return result
+    own = [params[row.leaf or row.name][row.layer] for row in known.rows]
+    of_params = [_numbers(param) for param in own]
+    numbers = (state.guard_step, state.leaf_norms, state.unused_leaves, of_params)
+    return _Watched(known.rows, [param.shape for param in own], numbers)
 
 
 def from_gradients(grads: Any, leaves: Sequence[NamedLeaf]) -> list[Reading]:

@@ -30,6 +30,7 @@ _LISTS = (LEAF_NORMS, FAULT_LEAVES, FAULT_STEPS)
 _VECTORS = ("integers", "numbers")
 _UNMEASURED = -1.0  # in place of a norm, on the way to the host
 _WORD = np.dtype(np.uint32)
+_NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 
 Record = dict[str, Any]
 
@@ -164,7 +165,8 @@ class Pending:
         if vectors or scalars:
             arrays = _on_one_device([*scalars.values(), *vectors])
             pack = _packer(layout and layout.treedef, layout.places if layout else ())
-            self._packed = pack(arrays[: len(scalars)], arrays[len(scalars) :])
+            with jax.set_mesh(_NO_MESH):  # these arrays are on none, though one may be set
+                self._packed = pack(arrays[: len(scalars)], arrays[len(scalars) :])
             self._packed.copy_to_host_async()
 
     def is_ready(self) -> bool:
@@ -215,16 +217,20 @@ def _packer(treedef: Any, places: tuple[int, ...]) -> Any:
         arrays = [*scalars]
         if treedef is not None:
             arrays += [array for _, array in _read(treedef, places, vectors)]
-        carried = [jnp.ravel(array).astype(_carrier(array.dtype)) for array in arrays]
-        words = [jnp.ravel(lax.bitcast_convert_type(array, _WORD)) for array in carried]
-        # Written one after the other: XLA:CPU takes ten times as long for a concatenation.
-        packed, start = jnp.zeros(sum(part.size for part in words), _WORD), 0
-        for part in words:
-            packed = lax.dynamic_update_slice(packed, part, (start,))
-            start += part.size
-        return packed
+        return _as_words(arrays)
 
     return pack
+
+
+def _as_words(arrays: Sequence[Any]) -> jax.Array:
+    carried = [jnp.ravel(array).astype(_carrier(array.dtype)) for array in arrays]
+    words = [jnp.ravel(lax.bitcast_convert_type(array, _WORD)) for array in carried]
+    # Written one after the other: XLA:CPU takes ten times as long for a concatenation.
+    packed, start = jnp.zeros(sum(part.size for part in words), _WORD), 0
+    for part in words:
+        packed = lax.dynamic_update_slice(packed, part, (start,))
+        start += part.size
+    return packed
 
 
 def _on_one_device(arrays: Sequence[Any]) -> list[Any]:
