@@ -24,11 +24,12 @@ def stabilize(
 
     Without ``clip`` it is ``guard(clip_by_update_ratio(optimizer))``, a rule with nothing to tune
     that does not depend on the units of the loss. In the runs of ``examples/`` and
-    ``benchmarks/`` it survives every fault from the very first step on, leaves healthy training
+    ``benchmarks/`` it survives every fault from the very first step on, and leaves healthy training
     as it is (784-128-64-10 on 5000 MNIST images, plain SGD at learning rate 0.1, 4 epochs:
-    within 0.1 points of no clip, where ``clip_by_norm(1.0)`` loses 1.2), and helps badly
-    initialised networks as well as the best fixed norm does. A recurrent network that explodes
-    (temporal order) is solved for 14 or 15 of 16 seeds; with ``clip_by_norm(1.0)`` for 15 or 16.
+    within 0.1 points of no clip, where ``clip_by_norm(1.0)`` loses 1.2). A recurrent network that
+    explodes (temporal order) is solved for 16 of 16 seeds, as with ``clip_by_norm(1.0)``. It loses
+    most on a badly conditioned network of 20 layers of 32 relu units: 42 % accuracy after 300
+    steps, where ``clip_by_norm(1.0)`` reaches 58 and no clip 16.
 
     Args:
       optimizer: the optimizer to protect.
