@@ -45,6 +45,7 @@ def minus_zeros(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: -jnp.zeros_like(leaf), tree)
 
 
+@functools.cache
 def stepper(tx: Any) -> Any:
     """Jitted ``(params, state, gradients, extra_args) -> (params, state)``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,17 +91,20 @@ def params_of(fault: Fault) -> Any:
     return jax.tree.map(jnp.ones_like, fault.healthy)
 
 
-def walk(tx: Any, steps: Any, params: Any, **extra_args: Any) -> list[tuple[Any, Any]]:
-    """Parameters and state at the start and after every step."""
-
-    @jax.jit
-    def step(params, state, gradients, extra_args):
-        updates, state = tx.update(gradients, state, params, **extra_args)
+@functools.cache
+def stepper(tx: Any) -> Any:
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return jax.jit(step)
+
+
+def walk(tx: Any, steps: Any, params: Any) -> list[tuple[Any, Any]]:
+    """Parameters and state at the start and after every step."""
     trail = [(params, tx.init(params))]
     for gradients in steps:
-        trail.append(step(*trail[-1], gradients, extra_args))
+        trail.append(stepper(tx)(*trail[-1], gradients))
     return trail
 
 

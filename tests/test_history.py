@@ -203,9 +203,9 @@ def test_replicated_states_and_scalars_of_another_device_come_in_one_record(kind
     plain = og.History()
     plain.append(0, state, loss=0.25)
     spread = jax.device_put(state, NamedSharding(mesh, P()))
-    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+    for enter in (contextlib.nullcontext, jax.set_mesh):
         history = og.History()
-        with context:
+        with enter(mesh):
             history.append(0, spread, loss=jax.device_put(jnp.float32(0.25), jax.devices()[3]))
         assert {**history.records[0]} == {**plain.records[0]}
 

@@ -18,12 +18,12 @@ class Heard(NamedTuple):
 
     Attributes:
       call: its static arguments.
-      small_norms_matter: scalar bool.
+      operands: besides the gradients: whether small norms matter, and what is watched.
       result: what it returned.
     """
 
     call: Any
-    small_norms_matter: Any
+    operands: tuple[Any, Any]
     result: Any
 
 

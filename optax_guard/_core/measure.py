@@ -348,5 +348,5 @@ def measure_and_watch(
     )
     operands = (used, small, jnp.asarray(small_rows_matter), watched)
     result = _jitted_measure(call)(*operands)
-    announce(leaves, Heard(call, small, result))
+    announce(leaves, Heard(call, (small, watched), result))
     return result

@@ -50,7 +50,8 @@ class Plan(NamedTuple):
     Attributes:
       program: gives the leaves of the updates, then of the new state, from the arguments and
         then the results of the measurement inside.
-      question: gives what of that measurement's operands must be known, from the arguments.
+      question: gives that measurement's operands besides the gradients, from the arguments.
+      question_treedef: structure of these.
       heard: the measurement inside; None if there is none.
       is_used: for each leaf of the gradients whether an output depends on it.
       gradients: for each of these its place among the arguments; None if it is missing.
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
 
     program: Program
     question: Program | None
+    question_treedef: Any
     heard: MeasureCall | None
     is_used: tuple[bool, ...]
     gradients: tuple[int | None, ...]
@@ -101,9 +103,9 @@ def propose(
         with listen_for(arrays) as listener:
             updates, new_state = update(tree, state, params, **dynamic, **static)
         found = listener.heard
-        heard.extend([] if found is None else [found._replace(small_norms_matter=None, result=())])
-        question = () if found is None else (found.small_norms_matter,)
-        return updates, new_state, question, () if found is None else found.result
+        heard.extend([] if found is None else [found._replace(operands=((), ()), result=())])
+        question, answers = ((), ()) if found is None else (found.operands, found.result)
+        return updates, new_state, question, answers
 
     inputs = (list(gradients.nodes), state, params, dynamic)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*inputs)
@@ -116,11 +118,13 @@ def propose(
     faulty = [*sections[1], *sections[4]]
     places = _places(gradients, sections[1].start)
     num_main = len(jax.tree.leaves(shapes[:2]))
-    programs = _split(closed.jaxpr, num_main, bool(heard))
+    question_treedef = jax.tree.structure(shapes[2])
+    programs = _split(closed.jaxpr, num_main, question_treedef.num_leaves)
     is_used = tuple(place is not None and programs[0].is_input[place] for place in places)
     plan = Plan(
         program=programs[0],
         question=programs[1],
+        question_treedef=question_treedef,
         heard=heard[0].call if heard else None,
         is_used=is_used,
         gradients=places,
@@ -148,17 +152,15 @@ def _places(gradients: FloatLeaves, start: int) -> tuple[int | None, ...]:
     return tuple(places)
 
 
-def _split(
-    jaxpr: core.Jaxpr, num_main: int, has_measurement: bool
-) -> tuple[Program, Program | None]:
+def _split(jaxpr: core.Jaxpr, num_main: int, num_operands: int) -> tuple[Program, Program | None]:
     """The program without the measurement inside, and that which its operands take."""
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    main, question = jaxpr.outvars[:num_main], jaxpr.outvars[num_main : num_main + 1]
-    answers = jaxpr.outvars[num_main + 1 :] if has_measurement else []
+    main, rest = jaxpr.outvars[:num_main], jaxpr.outvars[num_main:]
+    question, answers = rest[:num_operands], rest[num_operands:]
     produced = set(answers)
     equations = [e for e in jaxpr.eqns if produced.isdisjoint(e.outvars)]
     program = _program(jaxpr, [*inputs, *answers], main, equations)
-    if not has_measurement:
+    if not question:
         return program, None
     return program, _program(jaxpr, inputs, question, jaxpr.eqns)
 

@@ -60,7 +60,7 @@ class Reader(NamedTuple):
         ]
         small_norms_matter: Any = True
         if self.is_shared and plan.question is not None:
-            (small_norms_matter,) = plan.question.evaluate(arguments)
+            small_norms_matter, _ = self._asked(arguments)
         measured, noted = measure_and_watch(
             leaves,
             self.call,
@@ -81,9 +81,15 @@ class Reader(NamedTuple):
                 measured = merge_rows(measured, self.call.groups)
             return tuple(jax.tree.leaves((measured, None)))
         # Such as that of a guard inside, which watches for itself.
-        (small,) = self.plan.question.evaluate(arguments)
+        small, watched = self._asked(arguments)
         call = heard._replace(is_used=self.plan.is_used)
-        return tuple(jax.tree.leaves(measure_and_watch(leaves, call, small_norms_matter=small)))
+        result = measure_and_watch(leaves, call, small_norms_matter=small, watched=watched)
+        return tuple(jax.tree.leaves(result))
+
+    def _asked(self, arguments: Sequence[Any]) -> Any:
+        """Operands of the measurement inside, besides the gradients."""
+        operands = self.plan.question.evaluate(arguments)
+        return jax.tree.unflatten(self.plan.question_treedef, operands)
 
 
 def make_reader(

@@ -105,7 +105,8 @@ def add_to_window(
       [window, 2 * window), so that it never overflows.
     """
     window = len(values)
-    values = jnp.where(_places(values) == count % window, norms, values)
+    is_next = _places(values) == (count % window)[jnp.newaxis]
+    values = jnp.where(is_next, norms[jnp.newaxis], values)
     count = count + 1
     return values, jnp.where(count >= 2 * window, window, count)
 
@@ -119,7 +120,8 @@ def percentile_of(values: jax.Array, count: jax.Array, percentile: Any) -> jax.A
       percentile: scalar in [0, 100], a number or an array.
     """
     last = jnp.minimum(count, len(values)) - 1
-    ordered = jnp.sort(jnp.where(_places(values) <= last, values, jnp.inf), axis=0)
+    is_filled = _places(values) <= last[jnp.newaxis]
+    ordered = jnp.sort(jnp.where(is_filled, values, jnp.inf), axis=0)
     # The position percentile / 100 * last, whole numbers apart from the rest: a float32 product
     # knows 899.1 to 6e-5 only, and lets in as much of a spike that stands at 900.
     whole = jnp.asarray(percentile // 1).astype(jnp.int32) * last
@@ -169,7 +171,8 @@ def add_to_first(first: FirstNorms, norms: jax.Array) -> FirstNorms:
     number = len(first.values)
 
     def extend(first, norms):
-        values = jnp.where(_places(first.values) == first.count, norms, first.values)
+        is_next = _places(first.values) == first.count[jnp.newaxis]
+        values = jnp.where(is_next, norms[jnp.newaxis], first.values)
         count = jnp.minimum(first.count + 1, number)
         median = percentile_of(values, count, 50)
         return FirstNorms(count, values, median)

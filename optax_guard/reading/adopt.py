@@ -23,11 +23,11 @@ from optax_guard.reading._nodes import (
     same_shape,
 )
 from optax_guard.reading.find import refuse_tracers
-from optax_guard.reading.names import condition_names
+from optax_guard.reading.names import condition_names, num_rows
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.rollback import RollbackState
 
-_ROW_ENTRIES = ("last_fault_leaves", "row_layout", "leaf_norms", "last_fault_norms")
+_ROW_ENTRIES = ("last_fault_leaves", "unused_leaves", "leaf_norms", "last_fault_norms")
 
 
 def adopt(new_state: Any, old_state: Any) -> Any:
@@ -146,7 +146,7 @@ class _Carrier:
         if np.shape(state.integers)[:-1] != np.shape(before.integers)[:-1]:
             return
         names = [name for name, entry in GuardState._entries.items() if entry.where is None]
-        if np.array_equal(np.asarray(state.stack_depths), np.asarray(before.stack_depths)):
+        if state.stack_depths == before.stack_depths and num_rows(state) == num_rows(before):
             names += _ROW_ENTRIES
         values = {name: getattr(before, name) for name in names}
         pairs = _same_conditions(state, before)
@@ -202,7 +202,9 @@ def _as_guard(node: Node) -> GuardState:
     integers, numbers = (
         jax.tree.leaves(children[name].source)[0] for name in ("integers", "numbers")
     )
-    return GuardState((), integers, numbers, dict.fromkeys(_conditions(node), ()))
+    stacks = children["stacks"].children if "stacks" in children else None
+    conditions = dict.fromkeys(_conditions(node), ())
+    return GuardState((), integers, numbers, conditions, dict.fromkeys(stacks or {}, ()))
 
 
 def _conditions(guard: Node) -> dict[str, Node]:

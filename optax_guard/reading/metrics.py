@@ -19,7 +19,7 @@ from optax_guard.reading.find import (
     find_states,
     first_leaf,
 )
-from optax_guard.reading.names import Stacked, gradient_leaves, guard_rows
+from optax_guard.reading.names import gradient_leaves, guard_rows
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
@@ -103,14 +103,13 @@ def _scalars(state: Any) -> Iterator[tuple[str, Any]]:
             yield name, leaf if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
 
-def layer_norms(opt_state: Any, params: Any, *, stacked: Stacked = None) -> dict[str, jax.Array]:
+def layer_norms(opt_state: Any, params: Any) -> dict[str, jax.Array]:
     """The norm of the gradient of every layer, as the guards saw it last, ready for a logger.
 
     Args:
       opt_state: any pytree that holds a :class:`GuardState`.
       params: the parameters, with the batch axis of an ensemble if the state has one; with Flax NNX
         ``nnx.state(model, nnx.Param)``.
-      stacked: that of the guard, for calls inside ``jit``. Outside of it the state tells.
 
     Returns:
       Scalar arrays by path, ``"layers/kernel[3]"`` for a layer of a stack; with its axis for an
@@ -120,8 +119,7 @@ def layer_norms(opt_state: Any, params: Any, *, stacked: Stacked = None) -> dict
       callable under ``jit``.
 
     Raises:
-      ValueError: if there is no guard in ``opt_state``, ``params`` does not match it, or a guard
-        has stacked leaves and ``stacked`` is missing inside ``jit``.
+      ValueError: if there is no guard in ``opt_state``, or ``params`` does not match it.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -134,7 +132,7 @@ def layer_norms(opt_state: Any, params: Any, *, stacked: Stacked = None) -> dict
     leaves = gradient_leaves(params)
     result: dict[str, jax.Array] = {}
     for guard in find_outer_guards(opt_state) or find_guards(opt_state):
-        rows = guard_rows(guard, leaves, stacked=stacked)
+        rows = guard_rows(guard, leaves)
         norms = guard.state.leaf_norms
         within = "".join(f"{key}/" for key in guard.keys)
         for index, name in enumerate(rows.names):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from optax_guard._core.groups import row_suffixes
 from optax_guard._core.trees import is_inexact
 from optax_guard.reading.find import Found
 from optax_guard.wrappers.guard_state import GuardState
-
-Stacked = Callable[[str, Any], bool | int] | None
 
 
 class NamedLeaf(NamedTuple):
@@ -75,22 +72,18 @@ class Rows(NamedTuple):
         return cls(tuple(Row(f"leaf {index}") for index in range(count)), are_known=False)
 
 
-def guard_rows(
-    guard: Found, leaves: Sequence[NamedLeaf] | None, *, stacked: Stacked = None
-) -> Rows:
+def guard_rows(guard: Found, leaves: Sequence[NamedLeaf] | None) -> Rows:
     """The rows that a guard watches, in the order of its ``leaf_norms``.
 
     Inside ``optax.masked`` and ``optax.partition`` a guard sees only some leaves; which ones
     follows from the moments of its inner optimizer, if it keeps any.
 
     Args:
-      guard: a guard state. Only one with stacked leaves is waited for, for its ``stack_depths``.
+      guard: a guard state.
       leaves: those of all parameters, or None.
-      stacked: that of the guard, where its state cannot be read because it is traced.
 
     Raises:
-      ValueError: if the guard watches other leaves and no mask is the reason, or there are stacked
-        ones in a traced state.
+      ValueError: if the guard watches other leaves and no mask is the reason.
     """
     count = num_rows(guard.state)
     if leaves is None:
@@ -99,7 +92,7 @@ def guard_rows(
     if guard.is_masked:
         candidates.insert(0, _within(guard.state.inner_state, leaves))
     for watched in candidates:
-        rows = _match(guard.state, watched, count, stacked)
+        rows = _match(guard.state, watched, count)
         if rows is not None:
             return Rows(rows, are_known=True)
     if guard.is_masked:
@@ -117,40 +110,15 @@ def num_rows(state: GuardState) -> int:
     return np.shape(state.leaf_norms)[-1]
 
 
-def _match(
-    state: GuardState, leaves: Sequence[NamedLeaf], count: int, stacked: Stacked
-) -> tuple[Row, ...] | None:
+def _match(state: GuardState, leaves: Sequence[NamedLeaf], count: int) -> tuple[Row, ...] | None:
     """The rows of these leaves if there are ``count`` of them, else None."""
-    if count == len(leaves):
-        return tuple(Row(leaf.name, leaf.name) for leaf in leaves)
-    if count < len(leaves):
-        return None
-    batch = np.ndim(state.guard_step)
-    row_depths = _row_depths(state) if stacked is None else []
+    depths, batch = state.stack_depths, np.ndim(state.guard_step)
     rows: list[Row] = []
-    for name, leaf in leaves:
-        shape = jnp.shape(leaf)[batch:]
-        if stacked is not None:
-            depth = int(stacked(name, jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))))
-        else:
-            depth = row_depths[len(rows)] if len(rows) < count else 0
-        layers = shape[:depth]
+    for index, (name, leaf) in enumerate(leaves):
+        layers = jnp.shape(leaf)[batch:][: depths.get(index, 0)]
         places = zip(row_suffixes(layers), np.ndindex(*layers), strict=True)
         rows += [Row(name + suffix, name, place) for suffix, place in places]
     return tuple(rows) if len(rows) == count else None
-
-
-def _row_depths(state: GuardState) -> list[int]:
-    """``stack_depths``, which are the same for all members of an ensemble."""
-    depths = state.stack_depths
-    if isinstance(depths, Tracer):
-        raise ValueError(
-            "This guard keeps a norm for each layer of stacked arrays; which arrays those are "
-            "cannot be read off its state inside jit. Pass stacked=, as given to og.guard, here "
-            "too: og.layer_norms(opt_state, params, stacked=...)."
-        )
-    depths = np.asarray(jax.device_get(depths))
-    return depths.reshape(-1, depths.shape[-1])[0].tolist()
 
 
 def _within(inner_state: Any, leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:

@@ -279,7 +279,7 @@ def _let_in(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """The new statistic, where there is one and it fits its dtype."""
     new = jnp.asarray(new).astype(old.dtype)
     is_overflow = jnp.isinf(new) & jnp.isfinite(old)
-    return jnp.where(usable & ~is_overflow, new, old)
+    return jnp.where(jnp.broadcast_to(usable, new.shape) & ~is_overflow, new, old)
 
 
 def _with_global_norm(

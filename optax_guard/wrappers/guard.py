@@ -37,7 +37,7 @@ from optax_guard.wrappers.conditions import (
     check_conditions,
     condition_keys,
 )
-from optax_guard.wrappers.guard_state import GuardState, layout_at_init, layout_of, rows_of
+from optax_guard.wrappers.guard_state import GuardState, rows_of, stacks_of, unused_rows
 from optax_guard.wrappers.reasons import SkipReason
 
 _RELOOK = 128  # steps after which a norm of zero is looked at again, whether it is one
@@ -141,6 +141,7 @@ def guard(
         zeros = jnp.zeros((sum(groups.rows),), jnp.float32)
         return GuardState.pack(
             inner_state=inner_state,
+            stacks=stacks_of(groups.depths),
             guard_step=0,
             skipped_total=0,
             skipped_in_a_row=0,
@@ -152,7 +153,7 @@ def guard(
             last_fault_reason=0,
             last_fault_condition=-1,
             last_fault_leaves=jnp.zeros(zeros.shape, jnp.bool_),
-            row_layout=layout_at_init(groups.depths, groups.rows),
+            unused_leaves=jnp.zeros(zeros.shape, jnp.bool_),
             initially_nonfinite=_nonfinite_now((inner_state, params), split, axis_name),
             grad_norm=0.0,
             leaf_norms=zeros,
@@ -199,6 +200,7 @@ def guard(
         before = {name: getattr(state, name) for name in fault}
         return GuardState.pack(
             inner_state=inner_state,
+            stacks=state.stacks,
             guard_step=step,
             skipped_total=jnp.where(skipped, increment(state.skipped_total), state.skipped_total),
             skipped_in_a_row=in_a_row,
@@ -206,7 +208,7 @@ def guard(
             skip_reason=verdict.reason,
             skip_condition=verdict.condition,
             gave_up=gave_up,
-            row_layout=layout_of(call),
+            unused_leaves=unused_rows(call),
             initially_nonfinite=state.initially_nonfinite,
             grad_norm=reading.norm.astype(jnp.float32),
             leaf_norms=reading.leaf_norms,

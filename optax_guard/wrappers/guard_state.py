@@ -10,14 +10,13 @@ import numpy as np
 from optax_guard._core.states import Entry, PackedState, flag, norm
 from optax_guard._core.sums import MeasureCall
 
-_UNUSED, _DEPTH = 1, 2  # what the layout of a row is made of
-
 
 class _GuardArrays(NamedTuple):
     inner_state: Any
     integers: Any
     numbers: Any
     condition_states: Any
+    stacks: Any
 
 
 def rows_of(state: Any, start: int, number: int) -> slice:
@@ -40,6 +39,8 @@ class GuardState(PackedState, _GuardArrays):
       integers: int32, packed.
       numbers: float32, packed.
       condition_states: ``{"place name": state}`` of each condition in ``skip_if``.
+      stacks: ``{"leaf:depth ...": ()}``, which leaves stack layers, and along how many leading
+        axes; empty for none. No array, so that it is known inside ``jit``.
     """
 
     __slots__ = ()
@@ -62,10 +63,11 @@ class GuardState(PackedState, _GuardArrays):
         where=lambda state: rows_of(state, _NUM_COUNTERS, 0),
         read=lambda state, stored: stored != 0,
     )
-    row_layout = Entry(
+    unused_leaves = Entry(
         "integers",
-        "int32 ``[rows]``: 1 where the gradient is unused, and twice the depth of a stack",
+        "bool ``[rows]``, which gradients reach no output of the wrapped optimizer",
         where=lambda state: rows_of(state, _NUM_COUNTERS, 1),
+        read=lambda state, stored: stored != 0,
     )
     initially_nonfinite = Entry(
         "integers",
@@ -88,25 +90,18 @@ class GuardState(PackedState, _GuardArrays):
     )
 
     @property
-    def unused_leaves(self) -> Any:
-        """Bool ``[rows]``, which gradients reach no output of the wrapped optimizer."""
-        return self.row_layout % _DEPTH == _UNUSED
-
-    @property
-    def stack_depths(self) -> Any:
-        """int32 ``[rows]``, along how many leading axes the row's array stacks layers."""
-        return self.row_layout // _DEPTH
+    def stack_depths(self) -> dict[int, int]:
+        """Along how many leading axes an array stacks layers, by the place of its leaf."""
+        pairs = [pair.split(":") for key in self.stacks for pair in key.split()]
+        return {int(leaf): int(depth) for leaf, depth in pairs}
 
 
-def layout_at_init(depths: tuple[int, ...], rows: list[int]) -> np.ndarray:
-    """The layout before the first step, in which every leaf counts as used."""
-    return _DEPTH * np.repeat(np.asarray(depths, np.int32), rows)
+def stacks_of(depths: tuple[int, ...]) -> dict[str, tuple[()]]:
+    """``GuardState.stacks`` from the depth of each leaf."""
+    pairs = [f"{leaf}:{depth}" for leaf, depth in enumerate(depths) if depth]
+    return {" ".join(pairs): ()} if pairs else {}
 
 
-def layout_of(call: MeasureCall) -> np.ndarray:
-    """What is known of the rows when the step is traced."""
-    layout = [
-        _UNUSED * (not is_used) + _DEPTH * depth
-        for is_used, depth in zip(call.is_used, call.groups.depths, strict=True)
-    ]
-    return np.repeat(np.asarray(layout, np.int32), call.groups.rows)
+def unused_rows(call: MeasureCall) -> np.ndarray:
+    """Which rows are not measured, as is known when the step is traced."""
+    return np.repeat(~np.asarray(call.is_used, np.bool_), call.groups.rows)
