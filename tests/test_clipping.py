@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from histories import history_of
 from hypothesis import strategies as st
 from jax import lax
 
@@ -263,13 +264,13 @@ def check_zscore(case: str, norms: np.ndarray, dtype: Any, rtol: float, variance
     assert updates.dtype == dtype
     assert np.sum(expected < 1) > 8
     np.testing.assert_allclose(factors_of(updates, gradients), expected, rtol=rtol)
-    history = states.zscore_history
-    assert history.zscore_mean.dtype == history.zscore_variance.dtype == dtype
-    assert history.zscore_mean.shape == (len(norms),)
+    history = history_of(states)
+    assert history.mean.dtype == history.variance.dtype == dtype
+    assert history.mean.shape == (len(norms),)
     mean, variance = np.array(statistics).T
-    np.testing.assert_allclose(history.zscore_mean, mean, rtol=rtol)
-    np.testing.assert_allclose(history.zscore_variance, variance, rtol=variance_rtol, atol=1e-9)
-    np.testing.assert_array_equal(history.zscore_count, np.cumsum(is_live))
+    np.testing.assert_allclose(history.mean, mean, rtol=rtol)
+    np.testing.assert_allclose(history.variance, variance, rtol=variance_rtol, atol=1e-9)
+    np.testing.assert_array_equal(history.count, np.cumsum(is_live))
     np.testing.assert_array_equal(states.steps, np.cumsum(np.isfinite(norms)))
 
 
@@ -295,7 +296,7 @@ def test_clip_by_zscore_keeps_a_history_for_every_group():
         "w": jnp.asarray(columns * np.array([[0.6], [0.8]]), jnp.float32),
     }
     updates, states = run(og.clip_by_zscore(scope="unit"), gradients)
-    assert states.zscore_history[1].zscore_mean.shape == (150, 1, 2)
+    assert history_of(states, leaf=1).mean.shape == (150, 1, 2)
     actual = {
         "a": factors_of(updates["a"], gradients["a"]),
         "b": factors_of(updates["w"][..., 0], gradients["w"][..., 0]),
@@ -329,10 +330,10 @@ def test_clip_by_zscore_by_hand(target, limit):
     np.testing.assert_allclose(results, [1, 3, limit], rtol=1e-6)
     mean = 0.97 * 2 + 0.03 * limit
     variance = 0.97 + 0.03 * (limit - mean) ** 2
-    history = state.zscore_history
-    np.testing.assert_allclose(history.zscore_mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(history.zscore_variance, variance, rtol=1e-6)
-    assert int(history.zscore_count) == 3
+    history = history_of(state)
+    np.testing.assert_allclose(history.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(history.variance, variance, rtol=1e-6)
+    assert int(history.count) == 3
     assert int(state.clipped_total) == 1
     np.testing.assert_allclose(state.last_scale, limit / 10, rtol=1e-6)
 
@@ -357,7 +358,7 @@ def test_clip_by_zscore_applies_max_norm_in_the_warm_up_too():
     results, state = feed(tx, [8.0, 1.0, 8.0])
     np.testing.assert_allclose(results, [2, 1, 2], rtol=1e-6)  # rounding
     # The warm-up statistics are those of the incoming norms 8 and 1.
-    np.testing.assert_allclose(state.zscore_history.zscore_mean, 0.97 * 4.5 + 0.03 * 2, rtol=1e-6)
+    np.testing.assert_allclose(history_of(state).mean, 0.97 * 4.5 + 0.03 * 2, rtol=1e-6)
 
 
 def test_clip_by_zscore_accepts_a_lasting_change_of_level():
@@ -365,18 +366,18 @@ def test_clip_by_zscore_accepts_a_lasting_change_of_level():
     results, state = feed(tx, [1.0, 1.1, 0.9, 10.0, 12.0, 10.0, 12.0, 11.0])
     assert all(result < 6 for result in results[3:7])
     assert results[7] == 11.0
-    history = state.zscore_history
-    assert int(history.zscore_streak_count) == 0
+    history = history_of(state)
+    assert int(history.streak_count) == 0
     # The statistics restarted from 10, 12, 10, 12, then saw 11.
-    np.testing.assert_allclose(history.zscore_mean, 11, rtol=1e-6)
-    np.testing.assert_allclose(history.zscore_variance, 0.97, rtol=1e-6)
+    np.testing.assert_allclose(history.mean, 11, rtol=1e-6)
+    np.testing.assert_allclose(history.variance, 0.97, rtol=1e-6)
 
 
 def test_clip_by_zscore_needs_an_unbroken_run_for_a_change_of_level():
     tx = og.clip_by_zscore(2.0, warmup_steps=3, rebaseline_after=4)
     results, state = feed(tx, [1.0, 1.1, 0.9] + 3 * [10.0] + [1.0] + 3 * [10.0])
     assert all(result < 5 for result in results)
-    assert int(state.zscore_history.zscore_streak_count) == 3
+    assert int(history_of(state).streak_count) == 3
 
 
 def test_clip_by_zscore_never_gives_in_without_rebaselining():
@@ -403,7 +404,7 @@ def test_zero_and_nonfinite_norms_enter_no_statistic(place, bad):
     tx = og.clip_by_zscore(warmup_steps=4)
     _, expected = feed(tx, norms)
     results, state = feed(tx, [*norms[:place], bad, *norms[place:]])
-    assertions.assert_same_bits(state.zscore_history, expected.zscore_history)
+    assertions.assert_same_bits(state.history, expected.history)
     np.testing.assert_array_equal(results[place], bad)
 
 

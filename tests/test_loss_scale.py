@@ -193,10 +193,10 @@ def test_metrics_and_step_ok_show_an_overflow():
     assert not bool(jax.jit(og.step_ok)(state))
     assert jax.tree.map(float, jax.jit(og.metrics)(state)) == {
         "guard/dynamic_loss_scale/loss_scale": 2.0**14,
-        "guard/good_steps": 0,
+        "guard/dynamic_loss_scale/good_steps": 0,
         "guard/dynamic_loss_scale/overflows_total": 1,
         "guard/dynamic_loss_scale/overflows_in_a_row": 1,
-        "guard/last_step_overflowed": 1,
+        "guard/dynamic_loss_scale/last_step_overflowed": 1,
     }
     _, state = jax.jit(tx.update)(healthy(0), state, PARAMS)
     assert bool(og.step_ok(state))
@@ -256,6 +256,17 @@ def test_what_is_not_finite_at_the_smallest_scale_is_left_to_the_guard():
         og.check(state, PARAMS)
     for leaf in jax.tree.leaves(state.inner_state.inner_state):
         assert jnp.all(jnp.isfinite(leaf))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_scale_and_is_left_to_the_guard():
+    tx = og.dynamic_loss_scale(og.guard(optax.adam(0.1)))
+    state = tx.init(PARAMS)
+    _, state = tx.update(overflowed(healthy(0), np.nan), state, PARAMS, value=jnp.nan)
+    assert float(state.loss_scale) == 2.0**15
+    assert (int(state.overflows_total), int(state.inner_state.skipped_total)) == (0, 1)
+    _, state = tx.update(overflowed(healthy(0)), state, PARAMS, value=1.0)
+    assert float(state.loss_scale) == 2.0**14
+    assert (int(state.overflows_total), int(state.inner_state.skipped_total)) == (1, 1)
 
 
 def test_without_a_guard_a_bad_step_is_skipped_at_the_smallest_scale_too():

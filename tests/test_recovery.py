@@ -231,23 +231,19 @@ def _rollback_run() -> Any:
     return run
 
 
-def snapshot_at(state: Any) -> Any:
-    return dict(zip(sorted(PARAMS), state.snapshot_params, strict=True))
-
-
 def test_no_snapshot_is_taken_while_skips_are_running():
     tx = og.rollback(og.guard(MOMENTUM), every=4, after_skips=3)
     # A bad step among three: never three healthy ones in a row.
     params, states = walk(tx, [1, 2, BAD] * 5)
-    assertions.assert_same_bits(snapshot_at(states[-1]), params[0])
+    assertions.assert_same_bits(states[-1].snapshot_params, params[0])
     params, states = walk(tx, [1, 2, BAD] * 3 + [1, 2, 3, 4])
-    assertions.assert_same_bits(snapshot_at(states[-1]), params[12])
+    assertions.assert_same_bits(states[-1].snapshot_params, params[12])
 
 
 def test_no_snapshot_is_taken_of_where_an_unjudged_update_has_led():
     tx = og.rollback(og.guard(MOMENTUM), every=2, after_skips=9)
     params, states = walk(tx, [1, 2, BAD, BAD])
-    assertions.assert_same_bits(snapshot_at(states[-1]), params[0])
+    assertions.assert_same_bits(states[-1].snapshot_params, params[0])
 
 
 @pytest.mark.parametrize("part", ["params", "state"])
@@ -270,12 +266,13 @@ def test_state_that_is_infinite_from_the_beginning_is_no_reason_against_a_snapsh
     inner = optax.chain(MOMENTUM, optax.contrib.reduce_on_plateau())
     tx = og.rollback(og.guard(inner), every=1, after_skips=9)
     state = tx.init(PARAMS)
-    assert any(bool(jnp.any(jnp.isinf(x))) for x in state.snapshot_state)
+    assert any(bool(jnp.any(jnp.isinf(x))) for x in jax.tree.leaves(state.snapshot_state))
     for seed in (1, 2):
         before = state
         _, state = tx.update(gradients(seed), state, PARAMS, value=1.0)
     assert int(state.healthy_since_snapshot) == 1
-    assert jnp.any(state.snapshot_state[0] != before.snapshot_state[0])
+    new, old = (jax.tree.leaves(each.snapshot_state)[0] for each in (state, before))
+    assert jnp.any(new != old)
 
 
 def test_parameters_that_swallow_the_snapshot_are_back_after_one_more_step():
@@ -405,7 +402,7 @@ def test_rollback_works_with_nnx_and_linen():
     np.testing.assert_allclose(kernels[4], kernels[2], rtol=1e-6)
     metrics = og.metrics(optimizer.opt_state)
     assert int(metrics["guard/rollback/rollbacks_total"]) == 1
-    assert float(metrics["guard/factor"]) == 0.5
+    assert float(metrics["guard/backoff/factor"]) == 0.5
 
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=full())
     seen = [state.params]
@@ -436,9 +433,9 @@ def test_metrics_show_the_run_and_nothing_of_the_snapshot():
     tx = full(optax.chain(og.clip_by_zscore(warmup_steps=1), MOMENTUM))
     _, states = walk(tx, [1, BAD])
     metrics = og.metrics(states[-1])
-    assert not any(key.startswith("guard/2/") for key in metrics)
-    assert {"guard/steps_left", "guard/last_step_rolled_back"} <= set(metrics)
-    assert "Step 2 was skipped" in og.explain(states[-1], PARAMS)
+    assert not any("/2/" in key for key in metrics)
+    assert {"guard/backoff/steps_left", "guard/rollback/last_step_rolled_back"} <= set(metrics)
+    assert "Step 1 was skipped" in og.explain(states[-1], PARAMS)
     assert not og.step_ok(states[-1])
 
 
@@ -471,7 +468,7 @@ def test_sharded_rollback_takes_one_decision_for_all_devices():
     _, new_state = step(gradients(3, params), state, spoiled)
     assertions.assert_same_bits(new_state.snapshot_params, state.snapshot_params)
     _, new_state = step(gradients(3, params), state, params)
-    assertions.assert_same_bits(new_state.snapshot_params, tuple(params.values()))
+    assertions.assert_same_bits(new_state.snapshot_params, params)
 
 
 # Derivatives: the contract tests have those through a skip; here through a return.
@@ -623,7 +620,7 @@ def test_alone_they_keep_the_run_finite_but_do_not_bring_it_back(remedy):
     assert accuracy < 50
     assert metrics["skipped_total"] > 400
     if remedy == "rollback(guard)":
-        assert metrics["rollbacks_total"] > 10  # to where the same rate leads astray again
+        assert metrics["rollback/rollbacks_total"] > 10  # to where the same rate leads astray again
 
 
 @pytest.mark.parametrize("remedy", ["backoff(guard(spike))", "rollback(backoff(guard))"])

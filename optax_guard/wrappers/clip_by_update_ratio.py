@@ -135,12 +135,13 @@ def clip_by_update_ratio(
 
         q(x)     =  sqrt(sum over l of (|x_l| / max(|theta_l at init|, |theta_l|))**2)
         response =  q(update(g) - update(0)) / q(g)     how strongly the optimizer answers
-        r(c)     =  c / (response * q(g))               what a change by c allows, over the norm
+        r(c)     =  c / (response * q(g))               what a change by c allows, over the norm,
+        s(c)     =  r(c) * min(1, r(c))**0.1            and a little less far beyond it
         usual    =  min(median of the first `warmup_steps` norms n, n included,
                         median of the last 100 limits, once there are 50)
-        m        =  max(median_ratio * usual, n * r(0.06 * max_ratio))
+        m        =  max(median_ratio * usual, n * s(0.06 * max_ratio))
         m        <- m * min(1, 60 m / n)                after the first 50 norms
-        g        <- g * min(1, m / n, r(max_ratio) * min(1, r(max_ratio))**0.1)
+        g        <- g * min(1, m / n, s(max_ratio))
         n        <= max_norm, too, in the first 3 steps
 
     ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are
@@ -295,7 +296,7 @@ def clip_by_update_ratio(
         floor = ratio_limit(jnp.asarray(max_ratio) * _HARMLESS)
         median_limit = jnp.maximum(median_limit, jnp.where(jnp.isfinite(floor), floor, 0))
         shrinking = jnp.minimum(1, safe_ratio(_GROSS * median_limit, safe_norm))
-        median_limit *= jnp.where(first.count > _FEWEST_RECENT, shrinking, 1)
+        median_limit *= jnp.where(state.recent_count >= _FEWEST_RECENT, shrinking, 1)
         limit = jnp.minimum(median_limit, ceiling)
         is_early = (first.count <= _EARLY_STEPS) & jnp.any(state.is_weight)
         limit = jnp.where(is_early, jnp.minimum(limit, max_norm), limit)
