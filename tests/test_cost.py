@@ -4,9 +4,9 @@ Programs are compiled for shapes only, so wide arrays cost nothing, and only wid
 proportions of real training (one number for each unit is 1/768 of a matrix). The tree is that of a
 transformer layer at the width of GPT-2, thinned out to eight arrays.
 
-Covered: nine optimizers with every kind of rule, by unit AdamW, bfloat16 gradients, one evaluation
-of the inner update for each trace, a state whose signature never changes, and the collectives of
-sharded steps.
+Covered: nine optimizers with every kind of rule, by unit AdamW, bfloat16 gradients, frozen
+parameters, one evaluation of the inner update for each trace, a state whose signature never
+changes, its bytes and arrays, and the collectives of sharded steps.
 """
 
 from __future__ import annotations
@@ -231,3 +231,169 @@ def test_gradients_of_a_sharded_batch_need_no_second_all_reduce_of_their_size():
     found = _hlo.analyze(jitted.lower(*arguments).compile()).hot.collectives
     assert {each.kind for each in found} == {"all-reduce"}
     assert sum(each.size for each in found) == 32 * 16 + 16
+
+
+# Frozen parameters: XLA drops gradients that reach no output, and sums with zero, unless a guard
+# keeps them alive
+
+
+LORA = {f"layer{i}": {"w": (512, 512), "a": (512, 16), "b": (16, 512)} for i in range(4)}
+FROZEN_BYTES = 4 * 4 * 512 * 512
+
+
+@functools.cache
+def lora_step(name: str) -> tuple[float, _hlo.Cost]:
+    """Floating point operations, of the dearest branches, and what a healthy step does."""
+    params = {layer: _setups.make_tree(shapes).params for layer, shapes in LORA.items()}
+    labels = {layer: {"w": "freeze", "a": "train", "b": "train"} for layer in LORA}
+    bare = optax.partition({"train": optax.adamw(1e-3), "freeze": optax.set_to_zero()}, labels)
+    tx = {
+        "bare": lambda: bare,
+        "guard": lambda: og.guard(bare),
+        "zscore": lambda: og.stabilize(bare, clip=og.clip_by_zscore()),
+        "stabilize": lambda: og.stabilize(bare),
+        "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), bare),
+    }[name]()
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["w"] + x @ layer["a"] @ layer["b"])
+        return jnp.mean((x - 1) ** 2)
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    batch = jax.ShapeDtypeStruct((1024, 512), jnp.float32)
+    arguments = (params, jax.eval_shape(tx.init, params), batch)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    return compiled.cost_analysis()["flops"], _hlo.analyze(compiled).hot
+
+
+@pytest.mark.parametrize("name", ["guard", "zscore", "stabilize"])
+def test_frozen_parameters_cost_neither_arithmetic_nor_bytes(name):
+    flops, cost = lora_step(name)
+    bare_flops, bare_cost = lora_step("bare")
+    assert flops <= 1.05 * bare_flops
+    # What is trained is a sixteenth of it, and XLA lays that out differently.
+    assert cost.num_bytes <= bare_cost.num_bytes + 0.1 * FROZEN_BYTES
+
+
+def test_a_clip_of_optax_does_compute_them():
+    assert lora_step("clip")[0] > 1.2 * lora_step("bare")[0]
+
+
+# Bytes and arrays of the states, as the docstrings tell them
+
+
+OF = {"a": jnp.ones(2), "b": jnp.ones((3, 2)), "c": jnp.ones((2, 2))}
+NUM_ARRAYS, NUM_UNITS, NUM_BYTES = 3, 5, 48  # of OF
+SGD = optax.sgd(0.1)
+
+
+def guarded(optimizer: Any = SGD, **options: Any) -> Any:
+    return og.guard(optimizer, **options)
+
+
+# What is documented where, an instance, the bytes that this makes for OF, and arrays.
+STATES = {
+    "clip_by_norm": (og.clip_by_norm, "20 bytes of state", og.clip_by_norm(1.0), 20, 2),
+    "clip_by_norm-unit": (
+        og.clip_by_norm, "20 bytes of state", og.clip_by_norm(1.0, scope="unit"), 20, 2,
+    ),
+    "clip_by_rms": (og.clip_by_rms, "20 bytes of state", og.clip_by_rms(), 20, 2),
+    "clip_by_zscore": (
+        og.clip_by_zscore, "44 bytes of state for scope \"global\"", og.clip_by_zscore(), 44, 3,
+    ),
+    "clip_by_zscore-leaf": (
+        og.clip_by_zscore, "24 more for each group of the others",
+        og.clip_by_zscore(scope="leaf"), 20 + 24 * NUM_ARRAYS, 3,
+    ),
+    "clip_by_zscore-unit": (
+        og.clip_by_zscore, "24 more for each group of the others",
+        og.clip_by_zscore(scope="unit"), 20 + 24 * NUM_UNITS, 2 + NUM_ARRAYS,
+    ),
+    "clip_by_percentile": (
+        og.clip_by_percentile, "4 kB of state for a window of 1000", og.clip_by_percentile(),
+        20 + 4 * 1001, 3,
+    ),
+    "clip_by_median": (
+        og.clip_by_median, "428 bytes of state for scope \"global\"", og.clip_by_median(), 428, 3,
+    ),
+    "clip_by_median-leaf": (
+        og.clip_by_median, "408 more for each group of the others",
+        og.clip_by_median(scope="leaf"), 20 + 408 * NUM_ARRAYS, 3,
+    ),
+    "clip_by_ema": (
+        og.clip_by_ema, "20 bytes of state, and 20 for each group", og.clip_by_ema(),
+        20 + 20 * NUM_ARRAYS, 3,
+    ),
+    "clip_by_param_norm": (
+        og.clip_by_param_norm, "20 bytes of state", og.clip_by_param_norm(), 20, 2,
+    ),
+    "clip_by_max_ema": (
+        og.clip_by_max_ema, "20 bytes of state, and 8 for each array", og.clip_by_max_ema(),
+        20 + 8 * NUM_ARRAYS, 3,
+    ),
+    "clip_by_relative_change": (
+        og.clip_by_relative_change, "20 bytes of state", og.clip_by_relative_change(), 20, 2,
+    ),
+    "normalize_and_scale": (
+        og.normalize_and_scale, "20 bytes of state", og.normalize_and_scale(), 20, 2,
+    ),
+    "normalize_and_scale-auto": (
+        og.normalize_and_scale, "and 412 bytes of state for each group",
+        og.normalize_and_scale("auto"), 20 + 412, 3,
+    ),
+    "normalize_by_ema_norm": (
+        og.normalize_by_ema_norm, "20 bytes of state, and 12 for each group",
+        og.normalize_by_ema_norm(), 20 + 12 * NUM_ARRAYS, 3,
+    ),
+    "clip_params": (og.clip_params, "20 bytes of state", og.clip_params(-1, 1), 20, 2),
+    "clip_params_by_norm": (
+        og.clip_params_by_norm, "20 bytes of state", og.clip_params_by_norm(1.0), 20, 2,
+    ),
+    "add_l1": (og.add_l1, "4 bytes of state", og.add_l1(0.1), 4, 1),
+    "zero_nonfinite": (
+        og.states.ZeroNonfiniteState, "12 bytes and 4 for each float leaf", og.zero_nonfinite(),
+        12 + 4 * NUM_ARRAYS, 1,
+    ),
+    "clip_by_update_ratio": (
+        og.clip_by_update_ratio, "836 bytes of state, 12 more for each array",
+        og.clip_by_update_ratio(SGD), 836 + 12 * NUM_ARRAYS, 2,
+    ),
+    "guard": (
+        og.states.GuardState,
+        "44 bytes, 16 for each row (float leaf, or layer of a stacked one), and 4 for each float "
+        "leaf of parameters and inner state",
+        guarded(optax.trace(0.9)), 44 + 16 * NUM_ARRAYS + 4 * 2 * NUM_ARRAYS + NUM_BYTES, 2 + 3,
+    ),
+    "guard-stacked": (
+        og.states.GuardState, "16 for each row (float leaf, or layer of a stacked one)",
+        guarded(stacked=lambda path, _: path == "b"), 44 + 16 * (NUM_ARRAYS + 2) + 4 * NUM_ARRAYS, 2,
+    ),
+    "guard-spike": (
+        og.states.SpikeState, "4 bytes for each place in the window, and 8",
+        guarded(skip_if=og.spike(window=16)), 44 + 20 * NUM_ARRAYS + 4 * 16 + 8, 4,
+    ),
+    "dynamic_loss_scale": (
+        og.states.DynamicLossScaleState, "that of the wrapped optimizer, and 20 bytes",
+        og.dynamic_loss_scale(SGD), 20, 2,
+    ),
+    "backoff": (
+        og.backoff, "8 bytes of state", og.backoff(guarded()), 44 + 20 * NUM_ARRAYS + 8, 4,
+    ),
+    "rollback": (
+        og.states.RollbackState, "a copy of the run, and 20 bytes", og.rollback(guarded()),
+        44 + 20 * NUM_ARRAYS + NUM_BYTES + 20, 2 + 3 + 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_are_as_small_as_their_docstrings_tell(name):
+    documented, words, tx, num_bytes, num_arrays = STATES[name]
+    assert words in " ".join(documented.__doc__.split())
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, OF))
+    assert (_setups.num_bytes(leaves), len(leaves)) == (num_bytes, num_arrays)
+    assert all(leaf.size for leaf in leaves)

@@ -115,7 +115,11 @@ def _select_leaves(
     done: set[int],
 ) -> list[Any]:
     num_updates = plan.update_treedef.num_leaves
-    updates = [_nothing_unless(ok, leaf) for leaf in leaves[:num_updates]]
+    updates = [
+        # A choice between two zeros would have XLA read and write frozen parameters.
+        _nothing(leaf) if place in plan.zero_updates else _nothing_unless(ok, leaf)
+        for place, leaf in enumerate(leaves[:num_updates])
+    ]
     state = []
     for position, (leaf, index) in enumerate(
         zip(leaves[num_updates:], plan.old_state, strict=True)
@@ -134,11 +138,14 @@ def _keep_unless(ok: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _nothing_unless(ok: jax.Array, update: Any) -> Any:
-    """-0.0 on a skip: adding it keeps every bit of a parameter, the sign of zero included."""
+    return update if _is_float0(update) else lax.select_n(ok, _nothing(update), update)
+
+
+def _nothing(update: Any) -> Any:
+    """-0.0: adding it keeps every bit of a parameter, the sign of zero included."""
     if _is_float0(update):
         return update
-    nothing = lax.full_like(update, -0.0 if is_inexact(update) else 0)
-    return lax.select_n(ok, nothing, update)
+    return lax.full_like(update, -0.0 if is_inexact(update) else 0)
 
 
 def _is_float0(leaf: Any) -> bool:

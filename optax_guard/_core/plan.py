@@ -57,6 +57,7 @@ class Plan(NamedTuple):
       gradients: for each of these its place among the arguments; None if it is missing.
       sanitized: which of the arguments may be non-finite on a skipped step.
       old_state: leaves of the current state among the arguments.
+      zero_updates: leaves of the updates that are always zero, as those of frozen parameters.
       update_treedef: structure of the updates.
       state_treedef: structure of the state.
     """
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
     gradients: tuple[int | None, ...]
     sanitized: frozenset[int]
     old_state: range
+    zero_updates: frozenset[int]
     update_treedef: Any
     state_treedef: Any
 
@@ -130,6 +132,7 @@ def propose(
         gradients=places,
         sanitized=frozenset(i for i in faulty if is_inexact(arguments[i])),
         old_state=sections[2],
+        zero_updates=_always_zero(programs[0].jaxpr, len(jax.tree.leaves(shapes[0]))),
         update_treedef=jax.tree.structure(shapes[0]),
         state_treedef=jax.tree.structure(state),
     )
@@ -174,6 +177,25 @@ def _program(
     whole = core.Jaxpr([], inputs, outputs, equations, jaxpr.effects, debug_info)
     jaxpr, is_input = dce_jaxpr(whole, [True] * len(outputs))
     return Program(jaxpr, tuple(is_input))
+
+
+def _always_zero(jaxpr: core.Jaxpr, num_updates: int) -> frozenset[int]:
+    """Which updates are made of a literal zero, as ``optax.set_to_zero`` makes them."""
+    zeros = {
+        equation.outvars[0]
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "broadcast_in_dim" and _is_zero(equation.invars[0])
+    }
+    return frozenset(
+        place
+        for place, atom in enumerate(jaxpr.outvars[:num_updates])
+        if (_is_zero(atom) if isinstance(atom, core.Literal) else atom in zeros)
+    )
+
+
+def _is_zero(atom: Any) -> bool:
+    is_scalar = isinstance(atom, core.Literal) and np.ndim(atom.val) == 0
+    return is_scalar and bool(atom.val == 0)
 
 
 def _as_argument(leaf: Any) -> Any:

@@ -240,7 +240,7 @@ def counted(state: Any, is_cut: jax.Array, scale: jax.Array) -> dict[str, jax.Ar
     steps = increment(state.steps)
     weight = jnp.maximum(1 / steps.astype(jnp.float32), _RECENT)
     scale = jax.lax.stop_gradient(jnp.asarray(scale).astype(jnp.float32))
-    usual = jnp.minimum(scale, jnp.finfo(jnp.float32).max / 4)  # a mean of them stays finite
+    scale = jnp.minimum(scale, jnp.finfo(jnp.float32).max / 4)  # a mean of them stays finite
     total = state.clipped_total
     rate = moving_average(state.recent_clip_rate, is_cut.astype(jnp.float32), weight)
     return {
@@ -248,5 +248,5 @@ def counted(state: Any, is_cut: jax.Array, scale: jax.Array) -> dict[str, jax.Ar
         "clipped_total": jnp.where(is_cut, increment(total), total),
         "last_scale": scale,
         "recent_clip_rate": rate,
-        "recent_scale": moving_average(state.recent_scale, usual, weight),
+        "recent_scale": moving_average(state.recent_scale, scale, weight),
     }
