@@ -32,6 +32,4 @@ def history_of(state: Any, *, leaf: int | None = None) -> types.SimpleNamespace:
     def take(row):
         return np.moveaxis(rows[row], 0, axis) if isinstance(row, slice) else rows[row]
 
-    return types.SimpleNamespace(
-        **{name: take(row) for name, row in ROWS[state.factory].items()}
-    )
+    return types.SimpleNamespace(**{name: take(row) for name, row in ROWS[state.factory].items()})

@@ -96,12 +96,15 @@ def test_float64_keeps_its_range_beside_float32(x64):
     np.testing.assert_allclose(diagnosis.rows[0].share, 1.0, rtol=1e-12)
 
 
-def test_arrays_without_gradients_have_no_rows():
+def test_arrays_without_gradients_are_unused():
     params = PARAMS | {"steps": jnp.zeros((), jnp.int32), "frozen": jnp.ones(3), "none": None}
     gradients = GRADIENTS | {"steps": np.zeros((), jax.dtypes.float0), "frozen": None, "none": None}
     expected = og.diagnose(GRADIENTS, PARAMS)
-    assert og.diagnose(gradients, params) == expected
-    assert og.diagnose(gradients | {"frozen": optax.MaskedNode()}, params) == expected
+    for missing in (None, optax.MaskedNode()):
+        found = og.diagnose(gradients | {"frozen": missing}, params)
+        assert [row for row in found.rows if row.path != "frozen"] == expected.rows
+        assert verdicts(found)["frozen"] == "unused"
+        assert found.verdict == expected.verdict
 
 
 def test_empty_arrays_and_trees_are_ok():
@@ -366,7 +369,7 @@ def test_only_the_outermost_of_nested_guards_is_read():
 
 def test_a_nested_guard_that_never_saw_a_step_is_no_error():
     gradients = GRADIENTS | {"scale": jnp.array(jnp.inf)}
-    diagnosis = og.diagnose(state_after(og.guard(og.guard(SGD)), gradients), PARAMS)
+    diagnosis = og.diagnose(state_after(og.guard(optax.chain(og.guard(SGD))), gradients), PARAMS)
     assert verdicts(diagnosis)["scale"] == "nonfinite"
 
 

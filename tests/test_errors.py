@@ -131,9 +131,7 @@ REST = {
         refused(
             og.clip_by_zscore, "target", "median", "one of ('reciprocal', 'mean', 'threshold')"
         ),
-        refused(
-            og.clip_by_zscore, "target", None, "one of ('reciprocal', 'mean', 'threshold')"
-        ),
+        refused(og.clip_by_zscore, "target", None, "one of ('reciprocal', 'mean', 'threshold')"),
         refused(og.clip_by_zscore, "max_norm", -1.0, NONNEGATIVE + " or None"),
         refused(og.clip_by_zscore, "min_std_ratio", math.inf, FINITE),
         refused(og.clip_by_zscore, "rebaseline_after", 0, COUNT + " or None"),
@@ -427,3 +425,63 @@ def test_parameters_that_do_not_fit_the_guard_are_an_error():
     )
     with pytest.raises(ValueError, match=message):
         og.explain(state, {"a": jnp.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: og.clip_by_norm(1.0), "clip_by_norm"),
+        (og.clip_by_max_ema, "clip_by_max_ema"),
+        (lambda: og.guard(SGD), "guard"),
+        (lambda: og.clip_by_update_ratio(SGD), "clip_by_update_ratio"),
+        (lambda: og.dynamic_loss_scale(SGD), "dynamic_loss_scale"),
+        (lambda: og.backoff(og.guard(SGD)), "backoff"),
+        (lambda: og.rollback(og.guard(SGD)), "rollback"),
+    ],
+)
+def test_states_in_the_wrong_place_or_of_another_transformation_are_named(make, name):
+    tx, gradients = make(), jnp.ones(2)
+    state = tx.init(gradients)
+    other = og.clip_by_zscore().init(gradients)
+    own = type(state).__name__
+    message = (
+        f"This state is of another transformation: {name} was given a ClipByZscoreState where its "
+        f"own {own} belongs. Pass what {name}(...).init(params) or the last update() returned; to "
+        "carry a state over a change of the optimizer, og.adopt(new_tx.init(params), old_state)."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        tx.update(gradients, other, gradients)
+    with pytest.raises(TypeError, match=f"^This state is of another .*: {name} was given a Grad"):
+        tx.update(gradients, tx, gradients)
+    with pytest.raises(TypeError, match=f"{name} was given "):
+        tx.update(state, gradients, gradients)
+
+
+def test_gradients_and_state_in_each_others_place_are_named():
+    tx = og.clip_by_norm(1.0)
+    message = re.escape(
+        "clip_by_norm was given its state first and the gradients second. Call "
+        "update(grads, state, params)."
+    )
+    with pytest.raises(TypeError, match=f"^{message}"):
+        tx.update(tx.init(jnp.ones(2)), jnp.ones(2))
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit"])
+def test_a_history_of_other_arrays_or_arguments_is_named_with_its_shapes(scope):
+    state = og.clip_by_percentile(window=5, scope=scope).init({"w": jnp.ones((2, 3))})
+    tx = og.clip_by_percentile(window=7, scope=scope)
+    groups = {"global": (), "leaf": (1,), "unit": (1, 3)}[scope]
+    shapes = [[(rows, *groups)] for rows in (6, 8)]
+    message = re.escape(
+        "This state of clip_by_percentile was made for other arrays, or with other arguments: its "
+        f"history has the shapes {shapes[0]}, these updates and arguments need {shapes[1]}. "
+        "Make a new one with init(params); where gradients are None, pass params to update()."
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tx.update({"w": jnp.ones((2, 3))}, state)
+
+
+def test_a_fraction_for_a_percentile_is_a_warning_that_says_what_to_write():
+    with pytest.warns(UserWarning, match=r"^percentile=0.1 is below .*write percentile=10\.$"):
+        og.clip_by_percentile(0.1)

@@ -457,15 +457,6 @@ def test_scale_loss_wants_exactly_one_scale(tx, count):
         og.scale_loss(1.0, tx.init(PARAMS))
 
 
-def test_initial_scale_outside_of_its_bounds_is_an_error():
-    message = (
-        r"^initial_scale must be in \[min_scale, max_scale\], got initial_scale=2.0, "
-        r"min_scale=4.0, max_scale=8.0\.$"
-    )
-    with pytest.raises(ValueError, match=message):
-        og.dynamic_loss_scale(optax.sgd(0.1), initial_scale=2.0, min_scale=4.0, max_scale=8.0)
-
-
 # Company
 
 

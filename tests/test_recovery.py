@@ -524,26 +524,6 @@ def test_rollback_needs_params():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "text"),
-    [
-        (lambda g: og.backoff(g, factor=0.0), ValueError, r"factor must be .* in \(0, 1\], got 0"),
-        (lambda g: og.backoff(g, factor=1.5), ValueError, "got 1.5"),
-        (lambda g: og.backoff(g, recovery_steps=0), ValueError, "recovery_steps must be"),
-        (lambda g: og.backoff(g, recovery_steps=2.5), TypeError, "recovery_steps must be"),
-        (lambda g: og.backoff(optax.adam), TypeError, "Call the factory first"),
-        (lambda g: og.rollback(g, every=0), ValueError, "every must be an integer >= 1, got 0"),
-        (lambda g: og.rollback(g, after_skips=-1), ValueError, "after_skips must be"),
-        (lambda g: og.rollback(g, after_skips="10"), TypeError, "after_skips must be"),
-        (lambda g: og.rollback(g, axis_name=1), TypeError, "axis_name must be"),
-        (lambda g: og.rollback(None), TypeError, "inner must be an optax.GradientTransformation"),
-    ],
-)
-def test_bad_arguments_raise_from_the_factory(make, error, text):
-    with pytest.raises(error, match=text):
-        make(og.guard(MOMENTUM))
-
-
 # A learning rate that becomes 100 times too high after step 200: a 64-128-64-10 network learns
 # digits with a squared error, the loss of which overflows once the weights run away.
 

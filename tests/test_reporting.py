@@ -50,9 +50,12 @@ GUARD_KEYS = {
     "grad_norm",
     "last_fault_step",
     "last_fault_reason",
+    "last_fault_condition",
+    "skip_condition",
 }
 CLIP = og.clip_by_norm(1.0)
-CLIP_KEYS = {"steps", "clipped_total", "last_scale"}
+CLIP_FIELDS = ("steps", "clipped_total", "last_scale", "recent_clip_rate", "recent_scale")
+CLIP_KEYS = {f"clip_by_norm/{field}" for field in CLIP_FIELDS}
 
 
 def test_metrics_are_the_scalars_of_all_states():
@@ -64,7 +67,7 @@ def test_metrics_are_the_scalars_of_all_states():
         "skipped_total": 1,
         "skip_reason": 1,
         "last_step_skipped": True,
-        "steps": 1,
+        "clip_by_norm/steps": 1,
         "last_fault_step": 2,
     }
     for key, value in expected.items():
@@ -87,13 +90,14 @@ def test_metrics_have_the_same_keys_and_values_under_jit_and_at_every_step():
 
 def test_metrics_of_nested_states_of_a_kind_have_keys_of_their_own():
     inner = og.guard(optax.chain(og.clip_by_norm(1.0), og.clip_by_norm(0.5, scope="leaf"), SGD))
-    metrics = og.metrics(after(og.guard(inner), GRADIENTS))
+    metrics = og.metrics(after(og.guard(optax.chain(inner)), GRADIENTS))
     expected = {f"guard/{key}" for key in GUARD_KEYS | CLIP_KEYS}
-    expected |= {f"guard/2/{key}" for key in GUARD_KEYS | CLIP_KEYS}
+    expected |= {f"guard/2/{key}" for key in GUARD_KEYS}
+    expected |= {f"guard/clip_by_norm/2/{field}" for field in CLIP_FIELDS}
     assert set(metrics) == expected
     # ||g|| = 0.5 * 3; the outer guard comes first, and so does the first clip.
     np.testing.assert_allclose(metrics["guard/clip_by_norm/last_scale"], 1 / 1.5, rtol=1e-6)
-    assert metrics["guard/2/norm_clip_last_scale"] != metrics["guard/clip_by_norm/last_scale"]
+    assert metrics["guard/clip_by_norm/2/last_scale"] != metrics["guard/clip_by_norm/last_scale"]
 
 
 def test_metrics_take_a_prefix():
@@ -102,8 +106,9 @@ def test_metrics_take_a_prefix():
     }
 
 
-def test_metrics_of_a_foreign_state_are_empty():
-    assert og.metrics(optax.adam(0.1).init(PARAMS)) == {}
+def test_metrics_of_a_foreign_state_are_an_error_that_says_what_to_write():
+    with pytest.raises(ValueError, match=r"No state of optax_guard.*og\.guard\(\.\.\.\)"):
+        og.metrics(optax.adam(0.1).init(PARAMS))
 
 
 def test_metrics_move_nothing_to_the_host():
@@ -126,12 +131,15 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_guards_are_found_inside_the_wrappers_of_optax(wrapper):
     state = after(WRAPPERS[wrapper](og.guard(SGD)), GRADIENTS)
-    metrics = og.metrics(state)
-    assert metrics["guard/guard_step"] == 1
-    np.testing.assert_allclose(metrics["guard/grad_norm"], 1.5, rtol=1e-6)
+    metrics, place = og.metrics(state), "guard/a/" if wrapper == "partition" else "guard/"
+    assert metrics[f"{place}guard_step"] == 1
+    np.testing.assert_allclose(metrics[f"{place}grad_norm"], 1.5, rtol=1e-6)
     assert bool(og.step_ok(state))
     og.check(state)
-    assert og.explain(state) == "No step was skipped in 1 steps."
+    nothing = "No step was skipped in 1 steps."
+    if wrapper == "multi_steps":
+        nothing = "The guard skipped none of the 1 windows of MultiSteps that reached it."
+    assert og.explain(state) == nothing
 
 
 def test_a_bare_scalar_as_inner_state_is_no_metric():
@@ -158,7 +166,7 @@ def test_step_ok_tells_whether_the_last_step_was_accepted():
 
 def test_step_ok_asks_every_guard():
     strict = og.guard(SGD, skip_if=og.norm_above(0.1))
-    assert not bool(og.step_ok(after(og.guard(strict), GRADIENTS)))
+    assert not bool(og.step_ok(after(og.guard(optax.chain(strict)), GRADIENTS)))
     assert not bool(og.step_ok((after(strict, GRADIENTS), after(og.guard(SGD), GRADIENTS))))
 
 
@@ -188,7 +196,7 @@ def test_select_refuses_trees_of_different_structure():
 def test_explain_names_step_reason_and_leaves():
     state = after(og.guard(SGD), GRADIENTS, with_nan(), GRADIENTS)
     assert og.explain(state, PARAMS).splitlines() == [
-        "Step 2 was skipped: gradients were not finite (reason 1).",
+        "Step 1 was skipped: gradients were not finite (reason 1).",
         "  non-finite: dense/kernel (norm nan)",
         "  still finite: dense/bias (norm 0.707), scale (norm 0.5)",
         "  Skipped so far: 1 of 3 steps, 0 in a row.",
@@ -208,7 +216,7 @@ def test_explain_says_that_nothing_happened():
 def test_explain_names_a_bad_loss():
     state = after(og.guard(SGD), GRADIENTS, value=jnp.nan)
     assert og.explain(state, PARAMS).startswith(
-        "Step 1 was skipped: the loss value was not finite (reason 2).\n  still finite: dense/bias"
+        "Step 0 was skipped: the loss value was not finite (reason 2).\n  still finite: dense/bias"
     )
 
 
@@ -222,7 +230,7 @@ def test_explain_joins_reasons():
 def test_explain_names_a_condition():
     state = after(og.guard(SGD, skip_if=og.norm_above(1.0)), GRADIENTS)
     assert og.explain(state).startswith(
-        "Step 1 was skipped: a skip_if condition rejected the step (reason 8)."
+        "Step 0 was skipped: a skip_if condition rejected the step: norm_above (reason 8)."
     )
 
 
@@ -236,10 +244,11 @@ def test_explain_names_a_bad_proposal():
 
 def test_explain_names_parameters_that_were_bad_before():
     poisoned = PARAMS | {"scale": jnp.array(jnp.inf)}
-    state = after(og.guard(SGD), with_nan(), params=poisoned)
+    tx = og.guard(SGD)
+    _, state = tx.update(with_nan(), tx.init(PARAMS), poisoned)
     lines = og.explain(state, poisoned).splitlines()
     assert lines[0] == (
-        "Step 1 was skipped: gradients were not finite; parameters or optimizer state were "
+        "Step 0 was skipped: gradients were not finite; parameters or optimizer state were "
         "already non-finite (reason 17)."
     )
     assert lines[3] == (
@@ -298,8 +307,8 @@ def test_explain_lists_no_more_than_eight_leaves():
 
 
 def test_explain_describes_every_guard():
-    text = og.explain(after(og.guard(og.guard(SGD)), with_nan()), PARAMS)
-    assert text.count("Step 1 was skipped") == 1
+    text = og.explain(after(og.guard(optax.chain(og.guard(SGD))), with_nan()), PARAMS)
+    assert text.count("Step 0 was skipped") == 1
     assert text.count("No step was skipped in 0 steps.") == 1  # the inner one did not move
 
 
@@ -346,7 +355,7 @@ def test_explain_and_check_name_the_leaves_of_each_partition():
     state = after(optax.partition({"a": og.guard(momentum), "b": strict}, LABELS), with_nan())
     lines = og.explain(state, PARAMS).splitlines()
     assert lines[0] == "Guard 1: No step was skipped in 1 steps."
-    assert lines[1].startswith("Guard 2: Step 1 was skipped: gradients were not finite")
+    assert lines[1].startswith("Guard 2: Step 0 was skipped: gradients were not finite")
     assert lines[2] == "  non-finite: dense/kernel (norm nan)"
     with pytest.raises(og.GuardGaveUp) as caught:
         og.check(state, PARAMS)
@@ -387,10 +396,10 @@ def test_check_raises_with_step_reason_and_leaves():
     with pytest.raises(og.GuardGaveUp) as caught:
         og.check(state, PARAMS)
     assert isinstance(caught.value, RuntimeError)
-    assert (caught.value.step, caught.value.reason) == (3, 1)
+    assert (caught.value.step, caught.value.reason) == (2, 1)
     assert caught.value.leaves == ("dense/kernel",)
     message = str(caught.value)
-    assert message.startswith("The guard gave up. Step 3 was skipped: gradients were not finite")
+    assert message.startswith("The guard gave up. Step 2 was skipped: gradients were not finite")
     assert "dense/kernel (norm nan)" in message
     assert "Skipped so far: 2 of 3 steps, 2 in a row." in message
 
@@ -399,7 +408,7 @@ def test_check_goes_on_raising_after_a_healthy_step():
     tx = og.guard(SGD, max_consecutive_skips=1)
     with pytest.raises(og.GuardGaveUp) as caught:
         og.check(after(tx, with_nan(), GRADIENTS, GRADIENTS))
-    assert caught.value.step == 1
+    assert caught.value.step == 0
     assert caught.value.leaves == ("leaf 1",)
 
 
@@ -419,7 +428,7 @@ def test_check_finds_the_member_of_an_ensemble_that_gave_up():
 
     og.check(stacked(members[0], members[0]), PARAMS)
     with pytest.raises(
-        og.GuardGaveUp, match=r"Member 1 of the ensemble \(2 of 3 gave up\): Step 2"
+        og.GuardGaveUp, match=r"Member 1 of the ensemble \(2 of 3 gave up\): Step 1"
     ):
         og.check(stacked(*members), PARAMS)
 
@@ -442,7 +451,7 @@ class Untouchable:
 def test_check_fetches_one_scalar_when_all_is_well():
     state = after(og.stabilize(optax.adam(0.1)), GRADIENTS)
     others = jax.tree.map(lambda leaf: Untouchable(), state)
-    og.check(others._replace(gave_up=state.gave_up), PARAMS)
+    og.check(others._replace(integers=state.integers), PARAMS)
     with pytest.raises(AssertionError, match="a second value"):
         og.check(others, PARAMS)
 
@@ -513,7 +522,7 @@ def test_nnx_layers_are_named_as_in_the_model(trained_nnx):
         with pytest.raises(og.GuardGaveUp) as caught:
             og.check(opt_state, params)
         assert caught.value.leaves == NNX_NAMES
-        assert (caught.value.step, caught.value.reason) == (2, 3)
+        assert (caught.value.step, caught.value.reason) == (1, 3)
         text = og.explain(opt_state, params)
         assert "non-finite: blocks/0/kernel (norm nan), linear1/bias (norm nan)" in text
         assert "/value" not in text

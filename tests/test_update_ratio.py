@@ -289,12 +289,26 @@ def test_multi_steps_inside_is_refused():
         tx.init(params())
 
 
-def test_optimizers_that_need_the_length_are_only_guarded_and_it_warns():
-    with pytest.warns(UserWarning, match="does not clip: (scale_by_)?polyak"):
-        tx = og.stabilize(optax.polyak_sgd())
+@pytest.mark.parametrize(
+    ("optimizer", "culprit"),
+    [
+        (optax.polyak_sgd(), "(scale_by_)?polyak"),
+        (optax.contrib.mechanize(sgd()), "mechanize"),
+        (optax.chain(optax.trace(0.9), optax.lbfgs()), "scale_by_(lbfgs|zoom_linesearch)"),
+    ],
+    ids=["polyak", "mechanize", "lbfgs"],
+)
+def test_optimizers_that_need_the_length_are_only_guarded_and_it_warns(optimizer, culprit):
+    with pytest.warns(UserWarning, match=f"does not clip: {culprit} reads a step size") as caught:
+        tx = og.stabilize(optimizer, max_consecutive_skips=3)
+    assert caught[0].filename == __file__
     state = tx.init(params())
     assert not any(key.startswith("guard/clip_by_update_ratio") for key in og.metrics(state))
-    actual, _ = tx.update(gradients(0, 1e3), state, params(), value=0.5)
-    plain = optax.polyak_sgd()
-    expected, _ = plain.update(gradients(0, 1e3), plain.init(params()), params(), value=0.5)
-    assertions.assert_close(actual, expected, rtol=1e-6, atol=0)
+    # With a clip of one's own it is as one says, without a word.
+    clipped = og.stabilize(optimizer, clip=og.clip_by_norm(1.0)).init(params())
+    assert "guard/clip_by_norm/steps" in og.metrics(clipped)
+    if culprit == "(scale_by_)?polyak":
+        actual, _ = tx.update(gradients(0, 1e3), state, params(), value=0.5)
+        plain = optimizer.init(params())
+        expected, _ = optimizer.update(gradients(0, 1e3), plain, params(), value=0.5)
+        assertions.assert_close(actual, expected, rtol=1e-6, atol=0)
