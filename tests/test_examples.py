@@ -60,7 +60,7 @@ def test_mlp_digits_guarded_runs_learn_and_unguarded_ones_die(tmp_path, capsys):
     if_finite = results.is_alive["optax.apply_if_finite(5)"]
     assert if_finite[nan_pixel].all() and not if_finite[burst].any()
 
-    assert results.explanation.startswith("Step 81 was skipped: gradients were not finite")
+    assert results.explanation.startswith("Step 80 was skipped: gradients were not finite")
     assert "hidden1/kernel" in results.explanation
     assert "Skipped so far: 4 of 88 steps" in results.explanation
     printed = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_mlp_digits_reads_idx_data_and_takes_the_first_fault_from_the_command_li
     write_dataset(tmp_path / "data", num_train=64 * 12, num_test=50)
     argv = ["--data", str(tmp_path / "data"), "--seeds", "1", "--first-fault", "0"]
     results = mlp_digits.main([*argv, "--out", str(tmp_path / "mlp.png")])
-    assert results.explanation.startswith("Step 1 was skipped")
+    assert results.explanation.startswith("Step 0 was skipped")
     assert "Skipped so far: 1 of 12 steps" in results.explanation
     nan_pixel = list(mlp_digits.FAULTS).index("NaN pixel")
     assert not results.is_alive["no protection"][nan_pixel].any()
@@ -207,7 +207,7 @@ def test_linen_train_state_keeps_batch_norm_statistics_only_with_select(capsys):
     statistics = jax.tree.leaves(results["state"].batch_stats)
     assert len(statistics) == 2 and all(np.isfinite(leaf).all() for leaf in statistics)
     printed = capsys.readouterr().out
-    assert "Step 11 was skipped" in printed
+    assert "Step 10 was skipped" in printed
     assert "Dense_0/kernel" in printed and "guard/grad_norm" in printed
 
 
@@ -228,7 +228,7 @@ def test_char_rnn_survives_empty_and_exploding_batches_with_a_guard(tmp_path, ca
 
     assert len(results.text) == 300 and len(set(results.text)) > 10
     assert results.explanation.startswith(
-        "Step 40 was skipped: gradients were not finite; the loss"
+        "Step 39 was skipped: gradients were not finite; the loss"
     )
     assert "rnn/cell/dense_h/kernel (norm nan)" in results.explanation
     printed = capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_batch_norm_statistics_survive_a_nan_batch_only_with_select(tmp_path, ca
     assert guarded.in_training[-1] > 90 and guarded.on_test[-1] == 0
     assert results.runs["no protection"].num_nonfinite["Param"] > 1000
     printed = capsys.readouterr().out
-    assert results.explanation in printed and "Step 34 was skipped" in printed
+    assert results.explanation in printed and "Step 33 was skipped" in printed
     assert "conv1/kernel (norm nan)" in results.explanation
     assert_is_small_png(results.figure)
 
