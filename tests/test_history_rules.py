@@ -752,16 +752,6 @@ def walk(tx: Any, steps: list[Any], params: Any = PARAMS) -> list[Any]:
     return results
 
 
-def test_members_of_an_ensemble_keep_histories_of_their_own():
-    norms = [eventful_norms(seed) for seed in (8, 9)]
-    updates, states = jax.jit(jax.vmap(_scan))(np.stack([as_gradients(each) for each in norms]))
-    for member, each in enumerate(norms):
-        singles = jax.device_get(_scan(as_gradients(each)))
-        chosen = jax.tree.map(lambda leaf, i=member: leaf[i], (updates, states))
-        # The same operations in loops of another shape: contracted differently, if at all.
-        assertions.assert_close(chosen, singles, rtol=RTOL, atol=1e-6)
-
-
 # Relative to the parameters
 
 

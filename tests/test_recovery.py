@@ -367,25 +367,6 @@ def test_buffers_of_parameters_and_state_can_be_donated():
     assertions.assert_same_bits((params, state), (expected[-1], expected_states[-1]))
 
 
-def test_state_survives_orbax_and_goes_on_as_before(tmp_path):
-    import orbax.checkpoint as ocp
-
-    tx = full()
-    params, states = walk(tx, [1, 2, 3])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", states[-1])
-        checkpointer.wait_until_finished()
-        abstract = jax.eval_shape(tx.init, PARAMS)
-        restored = checkpointer.restore(tmp_path / "state", abstract)
-    assertions.assert_same_bits(restored, states[-1])
-    step = jax.jit(tx.update)
-    actual = step(gradients(BAD), restored, params[-1])
-    assertions.assert_same_bits(actual, step(gradients(BAD), states[-1], params[-1]))
-    assertions.assert_close(
-        optax.apply_updates(params[-1], actual[0]), params[-2], rtol=1e-6, atol=1e-7
-    )
-
-
 def test_rollback_works_with_nnx_and_linen():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, full(), wrt=nnx.Param)

@@ -252,8 +252,9 @@ def test_a_gradient_that_reaches_no_output_is_neither_measured_nor_judged(freeze
     np.testing.assert_allclose(state.grad_norm, 0.04, rtol=ROUNDING)
     assert state.unused_leaves.tolist() == [True, False]
     for name, is_skipped in (("frozen", False), ("trained", True)):
-        _, after = step(SMALL | {name: SMALL[name] * jnp.nan}, state, LAYERS)
+        updates, after = step(SMALL | {name: SMALL[name] * jnp.nan}, state, LAYERS)
         assert bool(after.last_step_skipped) == is_skipped
+    assertions.assert_same_bits(updates, jax.tree.map(lambda leaf: -0.0 * leaf, LAYERS))
 
 
 def test_what_a_rule_remembers_of_a_frozen_gradient_is_used():
@@ -262,31 +263,6 @@ def test_what_a_rule_remembers_of_a_frozen_gradient_is_used():
     _, state = tx.update(SMALL, tx.init(LAYERS), LAYERS)
     assert state.unused_leaves.tolist() == [False, False]
     np.testing.assert_allclose(state.grad_norm, norm_of(*SMALL.values()), rtol=ROUNDING)
-
-
-@pytest.mark.parametrize("protection", ["stabilize", "with a clip"])
-def test_the_gradient_of_a_frozen_weight_is_not_computed(protection):
-    blocks = {
-        f"block{i}": {"w": jnp.eye(48), "a": jnp.ones((48, 2)) / 8, "b": jnp.zeros((2, 48))}
-        for i in range(2)
-    }
-    labels = {block: {"w": "stop", "a": "go", "b": "go"} for block in blocks}
-    bare = optax.partition({"go": optax.adam(1e-3), "stop": optax.set_to_zero()}, labels)
-
-    def loss(params, x):
-        for block in params.values():
-            x = jnp.tanh(x @ block["w"] + x @ block["a"] @ block["b"])
-        return jnp.mean((x - 1) ** 2)
-
-    def arithmetic(tx):
-        def step(params, state, x):
-            updates, state = tx.update(jax.grad(loss)(params, x), state, params)
-            return optax.apply_updates(params, updates), state
-
-        lowered = jax.jit(step).lower(blocks, tx.init(blocks), jnp.ones((128, 48)))
-        return lowered.compile().cost_analysis()["flops"]
-
-    assert arithmetic(PROTECTIONS[protection](bare)) <= 1.05 * arithmetic(bare)
 
 
 @pytest.mark.parametrize("protection", PROTECTIONS)
