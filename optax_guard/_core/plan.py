@@ -181,21 +181,19 @@ def _program(
 
 def _always_zero(jaxpr: core.Jaxpr, num_updates: int) -> frozenset[int]:
     """Which updates are made of a literal zero, as ``optax.set_to_zero`` makes them."""
-    zeros = {
-        equation.outvars[0]
-        for equation in jaxpr.eqns
-        if equation.primitive.name == "broadcast_in_dim" and _is_zero(equation.invars[0])
-    }
-    return frozenset(
-        place
-        for place, atom in enumerate(jaxpr.outvars[:num_updates])
-        if (_is_zero(atom) if isinstance(atom, core.Literal) else atom in zeros)
-    )
+    zeros: set[core.Var] = set()
 
+    def is_zero(atom):
+        if isinstance(atom, core.Literal):
+            return np.ndim(atom.val) == 0 and bool(atom.val == 0)
+        return atom in zeros
 
-def _is_zero(atom: Any) -> bool:
-    is_scalar = isinstance(atom, core.Literal) and np.ndim(atom.val) == 0
-    return is_scalar and bool(atom.val == 0)
+    for equation in jaxpr.eqns:
+        # The latter two for the types of ``shard_map``.
+        is_copy = equation.primitive.name in ("broadcast_in_dim", "pvary", "pcast")
+        if is_copy and is_zero(equation.invars[0]):
+            zeros.update(equation.outvars)
+    return frozenset(place for place, x in enumerate(jaxpr.outvars[:num_updates]) if is_zero(x))
 
 
 def _as_argument(leaf: Any) -> Any:
