@@ -10,7 +10,7 @@ import numpy as np
 
 from optax_guard._core.groups import Groups
 
-_MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
+MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
 
 
 def pack(history: Any, block: jax.ShapeDtypeStruct) -> Any:
@@ -19,7 +19,7 @@ def pack(history: Any, block: jax.ShapeDtypeStruct) -> Any:
     for leaf in jax.tree.leaves(history):
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = jnp.minimum(leaf.astype(jnp.int32), _MOST_COUNTED)
+            leaf = jnp.minimum(leaf.astype(jnp.int32), MOST_COUNTED)
         extra = leaf.ndim - len(block.shape)
         leaf = leaf[jnp.newaxis] if extra == 0 else leaf
         leaf = leaf.reshape(-1, *block.shape) if extra > 1 else leaf

@@ -18,9 +18,8 @@ from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.statistics import corrected_weight, moving_average
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves
+from optax_guard.rules._packing import MOST_COUNTED
 from optax_guard.rules.rule import value_at
-
-_MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
 
 
 def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs:
@@ -90,7 +89,7 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
         usable = is_finite & (largest > 0)
         largest = jnp.where(usable, largest, 1)
 
-        new_count = jnp.minimum(count + 1, _MOST_COUNTED)
+        new_count = jnp.minimum(count + 1, MOST_COUNTED)
         weight = corrected_weight(value_at(1 - decay, state.steps, groups.dtype), new_count)
         means = moving_average(mean, largest, weight)
         is_spike = usable & (largest > means)
