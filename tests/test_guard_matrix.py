@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import fault_matrix
 import optax
@@ -84,6 +85,25 @@ def test_table_counts_cells_and_names_what_raises():
     assert "lookahead 54 0 54 fail" in lines
     assert "all 108 45 63 fail" in lines
     assert lines[-1] == "raises without any fault: sgd in lookahead"
+
+
+def test_counts_are_kept_by_protection_and_context(tmp_path, monkeypatch):
+    pairs = [(OPTIMIZERS["sgd"], CONTEXTS["plain"]), (OPTIMIZERS["sgd"], CONTEXTS["lookahead"])]
+    monkeypatch.setattr(fault_matrix, "combinations", lambda *, is_quick: pairs)
+    path = tmp_path / "fault_matrix_cpu.json"
+    assert fault_matrix.main(["--peer", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    kept = [
+        (row["protection"], row["context"], row["optimizers"], row["tried"], row["passed"])
+        for row in record["rows"]
+    ]
+    assert kept == [
+        ("optax_guard.guard", "plain", 1, 54, 54),
+        ("optax_guard.guard", "lookahead", 1, 54, 54),
+        ("optax.apply_if_finite", "plain", 1, 54, 45),
+        ("optax.apply_if_finite", "lookahead", 1, 54, 0),
+    ]
+    assert record["versions"]["optax"] == optax.__version__
 
 
 def test_discovery_takes_what_makes_a_transformation_of_a_learning_rate(monkeypatch):
