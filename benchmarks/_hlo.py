@@ -4,18 +4,25 @@
 that reads the gradients again looks as if every step paid for it. Here the program is walked from
 its entry, loop bodies as often as they run, and of each conditional only the branch that costs
 least. For programs without conditionals both agree.
+
+Bytes are those of the main memory. On a TPU an array in vector memory costs nothing, and what an
+asynchronous copy brings there counts once, as read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_BITS_OF_ODD_TYPES = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
+from benchmarks._hlo_text import (
+    HOST_MEMORY,
+    SCALAR_MEMORY,
+    Instruction,
+    parse,
+)
+
 # fmt: off
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
@@ -28,120 +35,23 @@ _COLLECTIVES = frozenset((
 # fmt: on
 _READS_PART_OF_FIRST = frozenset(("slice", "dynamic-slice", "gather"))
 _HOST_OPCODES = frozenset(("infeed", "outfeed", "send", "recv"))
-
-
-class Array(NamedTuple):
-    """One array type, such as ``f32[128,64]``."""
-
-    element: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        if self.element in _BITS_OF_ODD_TYPES:
-            bits = _BITS_OF_ODD_TYPES[self.element]
-        else:
-            bits = int(re.findall(r"\d+", self.element)[0])  # f32, s4, f8e4m3fn
-        return math.ceil(self.size * bits / 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation."""
-
-    name: str
-    opcode: str
-    type_text: str
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    @functools.cached_property
-    def arrays(self) -> tuple[Array, ...]:
-        """The result; several arrays if it is a tuple."""
-        found = re.findall(r"\b([a-z]+[0-9a-z]*)\[([\d,<=]*)\]", self.type_text)
-        return tuple(
-            Array(element, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d))
-            for element, dims in found
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.num_bytes for array in self.arrays)
-
-    def called(self, *keys: str) -> list[str]:
-        """Names of the computations given by these attributes, in order."""
-        names = []
-        for key in keys:
-            match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-            if match:
-                names += re.findall(r"[\w.\-]+", match[1])
-        return names
-
-
-Computations = dict[str, dict[str, Instruction]]
-
-
-def _balanced(text: str, start: int) -> int:
-    """Position after the bracket that closes the one at ``start``."""
-    depth = 0
-    for position in range(start, len(text)):
-        if text[position] in "([{":
-            depth += 1
-        elif text[position] in ")]}":
-            depth -= 1
-            if depth == 0:
-                return position + 1
-    raise ValueError(f"unbalanced brackets in HLO: {text[:200]}")
-
-
-def _parse_instruction(line: str) -> Instruction | None:
-    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if match is None:
-        return None
-    rest = line[match.end() :]
-    end = _balanced(rest, 0) if rest.startswith("(") else rest.index(" ")
-    type_text, rest = rest[:end], rest[end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    end = _balanced(rest, len(opcode))
-    inside, attributes = rest[len(opcode) : end], rest[end:]
-    is_literal = opcode in ("constant", "parameter")
-    operands = () if is_literal else tuple(re.findall(r"%([\w.\-]+)", inside))
-    if is_literal:
-        attributes = inside[1:-1]
-    return Instruction(match[2], opcode, type_text, operands, attributes, bool(match[1]))
-
-
-def parse(text: str) -> tuple[Computations, str]:
-    """All computations of a module by name, and the name of its entry."""
-    computations: Computations = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
-        if header:
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None:
-            instruction = _parse_instruction(line)
-            if instruction is not None:
-                current[instruction.name] = instruction
-    if not entry:
-        raise ValueError("no entry computation: is this the text of a compiled program?")
-    return computations, entry
+_MAKES_NOTHING = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 
 class Collective(NamedTuple):
-    """One collective: its kind, how many arrays it carries and how many elements in all."""
+    """One collective.
+
+    Attributes:
+      kind: such as ``"all-reduce"``.
+      num_arrays: that it carries.
+      size: elements in all of them.
+      overlaps: whether kernels run between its start and its end.
+    """
 
     kind: str
     num_arrays: int
     size: int
+    overlaps: bool = False
 
 
 @dataclasses.dataclass
@@ -149,8 +59,10 @@ class Cost:
     """What one pass through a computation does.
 
     Attributes:
-      num_bytes: read and written by all kernels; what stays in registers is not counted.
+      num_bytes: read from and written to main memory by all kernels; what stays on the chip is
+        not counted.
       num_kernels: instructions that run, fused ones together as one.
+      num_conditionals: at which a device has to know what it computed before it goes on.
       copies: sizes, in elements, of the arrays that are copied without any arithmetic.
       collectives: communication between devices.
       num_host_transfers: infeeds, outfeeds, callbacks to Python and buffers in host memory.
@@ -158,6 +70,7 @@ class Cost:
 
     num_bytes: float = 0.0
     num_kernels: int = 0
+    num_conditionals: int = 0
     copies: list[int] = dataclasses.field(default_factory=list)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     num_host_transfers: int = 0
@@ -165,6 +78,7 @@ class Cost:
     def add(self, other: Cost, times: int = 1) -> None:
         self.num_bytes += times * other.num_bytes
         self.num_kernels += times * other.num_kernels
+        self.num_conditionals += times * other.num_conditionals
         self.copies += times * other.copies
         self.collectives += times * other.collectives
         self.num_host_transfers += times * other.num_host_transfers
@@ -204,6 +118,7 @@ class Program:
             branches = [self._cost(name, is_hot) for name in op.called(*keys)]
             choose = min if is_hot else max
             cost.add(choose(branches, key=lambda branch: branch.num_bytes))
+            cost.num_conditionals += 1
         elif op.opcode == "while":
             for name in op.called("body", "condition"):
                 cost.add(self._cost(name, is_hot), times=self._num_trips(op))
@@ -226,25 +141,52 @@ class Program:
         return int(bounds[0]) if is_count else 1
 
     def _add_kernel(self, cost: Cost, op: Instruction, body: dict[str, Instruction]) -> None:
-        cost.num_kernels += 1
+        if op.arrays and all(array.memory == SCALAR_MEMORY for array in op.arrays):
+            return  # on the scalar unit of a TPU
+        if op.opcode == "custom-call" and _MAKES_NOTHING.search(op.attributes):
+            return
         kind = op.opcode.removesuffix("-start")
+        operands = [body[name] for name in op.operands]
+        collective = self._collective(op, kind, body)
+        if collective is not None:
+            cost.num_kernels += 1
+            cost.collectives.append(collective)
+            cost.num_bytes += 2 * sum(operand.main_bytes for operand in operands)
+            return
+        is_callback = op.opcode == "custom-call" and "callback" in op.attributes
+        on_host = any(array.memory == HOST_MEMORY for array in op.arrays)
+        cost.num_host_transfers += is_callback or on_host or op.opcode in _HOST_OPCODES
+        if kind == "copy" or self._only_copies(op):
+            written = op.arrays[0].main_bytes if kind != op.opcode else op.main_bytes
+            read = operands[0].main_bytes
+            cost.num_bytes += written + read
+            if written and read:  # else it is a read ahead, or written back
+                cost.num_kernels += 1
+                cost.copies.append(sum(array.size for array in operands[0].arrays))
+        elif kind != op.opcode:
+            cost.num_bytes += _bytes_ahead(op, operands)
+        else:
+            cost.num_kernels += 1
+            cost.num_bytes += (
+                self._fusion_bytes(op, body) if kind == "fusion" else _bytes_of(op, operands)
+            )
+
+    def _collective(
+        self, op: Instruction, kind: str, body: dict[str, Instruction]
+    ) -> Collective | None:
+        """The collective that an instruction is, or that is fused into it."""
         if kind in _COLLECTIVES:
             arrays = [array for name in op.operands for array in body[name].arrays]
             size = sum(array.size for array in arrays)
-            cost.collectives.append(Collective(kind, len(arrays), size))
-            cost.num_bytes += 2 * sum(array.num_bytes for array in arrays)
-            return
-        is_callback = op.opcode == "custom-call" and "callback" in op.attributes
-        on_host = "S(5)" in op.type_text
-        cost.num_host_transfers += is_callback or on_host or op.opcode in _HOST_OPCODES
-        if kind == "copy" or self._only_copies(op):
-            copied = body[op.operands[0]]
-            cost.copies.append(sum(array.size for array in copied.arrays))
-            cost.num_bytes += 2 * copied.num_bytes
-        elif op.opcode == "fusion":
-            cost.num_bytes += self._fusion_bytes(op, body)
-        else:
-            cost.num_bytes += _bytes_of(op, [body[name].num_bytes for name in op.operands])
+            return Collective(kind, len(arrays), size, _overlaps(op, body))
+        if kind == "fusion":
+            for name in op.called("calls"):
+                fused = self._computations[name]
+                for line in fused.values():
+                    found = self._collective(line, line.opcode.removesuffix("-start"), fused)
+                    if found is not None:
+                        return found._replace(overlaps=_overlaps(op, body))
+        return None
 
     def _only_copies(self, op: Instruction) -> bool:
         if op.opcode != "fusion":
@@ -260,20 +202,50 @@ class Program:
         for line in fused.values():
             if line.opcode == "parameter":
                 operand = body[op.operands[int(line.attributes)]]
-                total += min(operand.num_bytes, _bytes_read(line, fused))
+                total += min(operand.main_bytes, _bytes_read(line, fused))
         root = next(line for line in fused.values() if line.is_root)
-        if root.opcode == "dynamic-update-slice":
-            return total + fused[root.operands[1]].num_bytes
-        return total + op.num_bytes
+        roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        if len(roots) != len(op.arrays):
+            return total + op.main_bytes
+        for line, array in zip(roots, op.arrays, strict=True):
+            while line.opcode == "bitcast":
+                line = fused[line.operands[0]]
+            is_part = line.opcode == "dynamic-update-slice"
+            part = fused[line.operands[1]].num_bytes if is_part else array.num_bytes
+            total += min(part, array.main_bytes)
+        return total
 
 
-def _bytes_of(op: Instruction, operand_bytes: list[int]) -> int:
+def _overlaps(op: Instruction, body: dict[str, Instruction]) -> bool:
+    """Whether kernels stand between the start and the end of an instruction."""
+    if not op.opcode.endswith("-start"):
+        return False
+    lines = list(body.values())
+    for line in lines[lines.index(op) + 1 :]:
+        if op.name in line.operands and line.opcode.endswith("-done"):
+            return False
+        is_kernel = line.opcode not in _FREE and not line.opcode.endswith(("-start", "-done"))
+        if is_kernel and any(array.memory != SCALAR_MEMORY for array in line.arrays):
+            return True
+    return False
+
+
+def _bytes_of(op: Instruction, operands: list[Instruction]) -> int:
     """Bytes of an instruction that is not fused."""
+    operand_bytes = [operand.main_bytes for operand in operands]
     if op.opcode in _READS_PART_OF_FIRST:
-        return 2 * op.num_bytes + sum(operand_bytes[1:])
+        return op.main_bytes + min(operand_bytes[0], op.num_bytes) + sum(operand_bytes[1:])
     if op.opcode == "dynamic-update-slice":
-        return 2 * operand_bytes[1]
-    return op.num_bytes + sum(operand_bytes)
+        return operand_bytes[1] + min(op.main_bytes, operands[1].num_bytes)
+    return op.main_bytes + sum(operand_bytes)
+
+
+def _bytes_ahead(op: Instruction, operands: list[Instruction]) -> int:
+    """Bytes of what starts here, such as a slice that is brought on to the chip."""
+    sources = sum(len(operand.arrays) for operand in operands)
+    made = op.arrays[sources] if len(op.arrays) > sources else op.arrays[-1]
+    read = sum(operand.main_bytes for operand in operands)
+    return made.main_bytes + min(read, made.num_bytes)
 
 
 def _bytes_read(parameter: Instruction, fused: dict[str, Instruction]) -> int:
@@ -281,7 +253,9 @@ def _bytes_read(parameter: Instruction, fused: dict[str, Instruction]) -> int:
     total = 0
     for user in _users(parameter, fused):
         is_first = user.operands[0] == parameter.name
-        if is_first and user.opcode in _READS_PART_OF_FIRST:
+        if user.opcode == "bitcast":
+            total += _bytes_read(user, fused)
+        elif is_first and user.opcode in _READS_PART_OF_FIRST:
             total += user.num_bytes
         elif is_first and user.opcode == "dynamic-update-slice":
             continue
