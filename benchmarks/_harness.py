@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import optax_guard as og
-from benchmarks import _hlo
+from benchmarks import _hlo, _topologies
 
 
 class Measures(NamedTuple):
@@ -38,6 +38,7 @@ class Measures(NamedTuple):
       all_bytes: XLA's ``bytes accessed``, the dearest branch of every conditional included.
       num_kernels: of a healthy step.
       num_conditionals: in the whole program.
+      num_waits: conditionals that a healthy step comes to.
       num_large_copies: of a healthy step; arrays as large as a parameter.
       num_host_transfers: of a healthy step.
       temp_bytes: memory that the step takes besides arguments and results.
@@ -51,6 +52,7 @@ class Measures(NamedTuple):
     all_bytes: float
     num_kernels: int
     num_conditionals: int
+    num_waits: int
     num_large_copies: int
     num_host_transfers: int
     temp_bytes: int
@@ -70,7 +72,13 @@ class _Clocks(NamedTuple):
 
 
 def compile_step(
-    step: Callable[[Any, Any], Any], carry: Any, constants: Any, *, large: int, is_hot: bool
+    step: Callable[[Any, Any], Any],
+    carry: Any,
+    constants: Any,
+    *,
+    large: int,
+    is_hot: bool,
+    chips: _topologies.Chips | None = None,
 ) -> tuple[Any, Measures]:
     """Compiles ``step(carry, constants) -> carry`` with a donated carry.
 
@@ -81,11 +89,15 @@ def compile_step(
       large: number of elements from which on an array counts as large.
       is_hot: whether a healthy step takes the cheapest branch of every conditional, not the
         dearest one.
+      chips: what it is compiled for; None for the devices that are there.
     """
     start = _Clocks.read()
-    lowered = jax.jit(step, donate_argnums=0).lower(carry, constants)
+    if chips is None:
+        lowered = jax.jit(step, donate_argnums=0).lower(carry, constants)
+    else:
+        lowered = chips.lower(step, carry, constants, donate_argnums=0)
     traced = _Clocks.read()
-    compiled = lowered.compile()
+    compiled = lowered.compile() if chips is None else chips.finish(lowered)
     done = _Clocks.read()
     program = _hlo.analyze(compiled)
     healthy = program.hot if is_hot else program.dear
@@ -95,6 +107,7 @@ def compile_step(
         all_bytes=_bytes_accessed(compiled),
         num_kernels=healthy.num_kernels,
         num_conditionals=program.num_conditionals,
+        num_waits=healthy.num_conditionals,
         num_large_copies=sum(size >= large for size in healthy.copies),
         num_host_transfers=healthy.num_host_transfers,
         temp_bytes=getattr(memory, "temp_size_in_bytes", 0),

@@ -72,6 +72,31 @@ def transformer_shapes(
     return shapes
 
 
+def language_model_shapes(
+    *, depth: int, width: int, hidden: int, grouped: int, vocabulary: int
+) -> dict[str, tuple[int, ...]]:
+    """Nine arrays a layer and three more, as in Llama 3."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "tokens": (vocabulary, width),
+        "unembedding": (width, vocabulary),
+        "norm": (width,),
+    }
+    for layer in range(depth):
+        of_layer = {
+            "attention/query": (width, width),
+            "attention/key": (width, grouped),
+            "attention/value": (width, grouped),
+            "attention/out": (width, width),
+            "mlp/gate": (width, hidden),
+            "mlp/up": (width, hidden),
+            "mlp/down": (hidden, width),
+            "norm1": (width,),
+            "norm2": (width,),
+        }
+        shapes |= {f"layer{layer:02d}/{name}": shape for name, shape in of_layer.items()}
+    return shapes
+
+
 def mlp_shapes(*sizes: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):

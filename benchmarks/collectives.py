@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_guard as og
-from benchmarks import _harness, _hlo, _report, _setups
+from benchmarks import _harness, _hlo, _report, _setups, _topologies
 from benchmarks._setups import BARE, Optimizer
 
 NUM_DEVICES = 8
@@ -72,10 +72,11 @@ class Layout(NamedTuple):
     spec: Callable[[str, tuple[int, ...]], P]
     by_hand: bool = False
 
-    def mesh(self) -> Mesh:
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """Of these devices, or of those that are there."""
         sizes = tuple(self.axes.values())
-        devices = jax.devices()[: int(np.prod(sizes))]
-        return Mesh(np.asarray(devices).reshape(sizes), tuple(self.axes))
+        chosen = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
+        return Mesh(np.asarray(chosen).reshape(sizes), tuple(self.axes))
 
 
 def _replicated(name: str, shape: tuple[int, ...]) -> P:
@@ -97,7 +98,7 @@ def _tensor_parallel(name: str, shape: tuple[int, ...]) -> P:
     return P("model", None) if name.endswith(_SPLIT_INPUTS) else P(None, "model")
 
 
-def _both(name: str, shape: tuple[int, ...]) -> P:
+def split_both_ways(name: str, shape: tuple[int, ...]) -> P:
     if len(shape) < 2:
         return P()
     return P("model", "data") if name.endswith(_SPLIT_INPUTS) else P("data", "model")
@@ -113,34 +114,9 @@ LAYOUTS = {
     "data-parallel": Layout({"data": 8}, _replicated),
     "fully sharded": Layout({"data": 8}, _fully_sharded),
     "tensor-parallel": Layout({"model": 8}, _tensor_parallel),
-    "fully sharded x tensor-parallel": Layout({"data": 4, "model": 2}, _both),
+    "fully sharded x tensor-parallel": Layout({"data": 4, "model": 2}, split_both_ways),
     "shard_map": Layout({"data": 4, "model": 2}, _rows_sharded, by_hand=True),
 }
-
-
-def language_model_shapes(
-    *, depth: int, width: int, hidden: int, grouped: int, vocabulary: int
-) -> dict[str, tuple[int, ...]]:
-    """Nine arrays a layer and three more, as in Llama 3."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "tokens": (vocabulary, width),
-        "unembedding": (width, vocabulary),
-        "norm": (width,),
-    }
-    for layer in range(depth):
-        of_layer = {
-            "attention/query": (width, width),
-            "attention/key": (width, grouped),
-            "attention/value": (width, grouped),
-            "attention/out": (width, width),
-            "mlp/gate": (width, hidden),
-            "mlp/up": (width, hidden),
-            "mlp/down": (hidden, width),
-            "norm1": (width,),
-            "norm2": (width,),
-        }
-        shapes |= {f"layer{layer:02d}/{name}": shape for name, shape in of_layer.items()}
-    return shapes
 
 
 class Large(NamedTuple):
@@ -150,19 +126,19 @@ class Large(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
     def layout(self) -> Layout:
-        return Layout({"data": self.num_devices // 8, "model": 8}, _both)
+        return Layout({"data": self.num_devices // 8, "model": 8}, split_both_ways)
 
 
 LARGE = {
     "70B on 512 devices": Large(  # Llama 3 70B: 723 arrays, 70.6e9 numbers
         512,
-        language_model_shapes(
+        _setups.language_model_shapes(
             depth=80, width=8192, hidden=28_672, grouped=1024, vocabulary=128_256
         ),
     ),
     "107B on 1024 devices": Large(  # 579 arrays, 107e9 numbers
         1024,
-        language_model_shapes(
+        _setups.language_model_shapes(
             depth=64, width=12_288, hidden=33_792, grouped=1024, vocabulary=256_000
         ),
     ),
@@ -183,9 +159,14 @@ def specs_of_state(
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def compile_sharded(tx: Optimizer, shapes: dict[str, tuple[int, ...]], layout: Layout) -> Any:
+def compile_sharded(
+    tx: Optimizer,
+    shapes: dict[str, tuple[int, ...]],
+    layout: Layout,
+    chips: _topologies.Chips | None = None,
+) -> Any:
     """The compiled step, and the abstract state of the transformation."""
-    mesh = layout.mesh()
+    mesh = layout.mesh(chips and chips.devices)
     specs = {name: layout.spec(name, shape) for name, shape in shapes.items()}
     params = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs[name]))
@@ -208,13 +189,16 @@ def compile_sharded(tx: Optimizer, shapes: dict[str, tuple[int, ...]], layout: L
         is_leaf=lambda x: x is None or isinstance(x, P),
     )
     shardings = (place(specs), place(state_specs))
-    jitted = jax.jit(step, out_shardings=shardings, donate_argnums=(0, 1))
+    options = {"out_shardings": shardings, "donate_argnums": (0, 1)}
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
         shardings[1],
     )
-    return jitted.lower(params, placed, params).compile(), state
+    arguments = (params, placed, params)
+    if chips is not None:
+        return chips.compile(step, *arguments, **options), state
+    return jax.jit(step, **options).lower(*arguments).compile(), state
 
 
 def describe(

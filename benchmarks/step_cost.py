@@ -110,7 +110,7 @@ def _time(
     return timings
 
 
-def _number(key: str, form: str, scale: float | None = None) -> Callable[[dict[str, Any]], str]:
+def number(key: str, form: str, scale: float | None = None) -> Callable[[dict[str, Any]], str]:
     """How to write a cell; a dash where the pipeline does not run."""
 
     def write(row):
@@ -131,17 +131,17 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
             "pipeline": lambda row: row["variant"],
             "time / bare": lambda row: "fails" if "error" in row else _report.ratio_cell(row),
             "step": lambda row: _report.time_cell(row.get("step_seconds")),
-            "bytes / gradients": _number("hot_bytes", "{:.2f}", gradient_bytes),
-            "above bare": _number("extra_reads", "{:+.2f}"),
-            "XLA's count": _number("all_bytes", "{:.2f}", gradient_bytes),
-            "kernels": _number("num_kernels", "{}"),
-            "conditionals": _number("num_conditionals", "{}"),
-            "large copies": _number("num_large_copies", "{}"),
-            "temp MB": _number("temp_bytes", "{:.1f}", 1e6),
-            "trace s": _number("trace_seconds", "{:.2f}"),
-            "compile s": _number("compile_seconds", "{:.2f}"),
-            "compile CPU s": _number("compile_cpu_seconds", "{:.2f}"),
-            "CPU / bare": _number("compile_cpu_seconds", "{:.2f}", cpu_seconds),
+            "bytes / gradients": number("hot_bytes", "{:.2f}", gradient_bytes),
+            "above bare": number("extra_reads", "{:+.2f}"),
+            "XLA's count": number("all_bytes", "{:.2f}", gradient_bytes),
+            "kernels": number("num_kernels", "{}"),
+            "conditionals": number("num_conditionals", "{}"),
+            "large copies": number("num_large_copies", "{}"),
+            "temp MB": number("temp_bytes", "{:.1f}", 1e6),
+            "trace s": number("trace_seconds", "{:.2f}"),
+            "compile s": number("compile_seconds", "{:.2f}"),
+            "compile CPU s": number("compile_cpu_seconds", "{:.2f}"),
+            "CPU / bare": number("compile_cpu_seconds", "{:.2f}", cpu_seconds),
         }
         parts += [f"### {optimizer}, {tree}", _report.markdown_table(own, columns)]
     return "\n\n".join(parts)

@@ -24,9 +24,11 @@ import optax_guard as og
 from benchmarks import (
     _harness,
     _hlo,
+    _hlo_text,
     _report,
     _rules,
     _setups,
+    accelerators,
     alpha,
     collectives,
     end_to_end,
@@ -167,7 +169,7 @@ def test_collectives_are_found_with_their_sizes():
 
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
-        _hlo.parse("HloModule nothing")
+        _hlo_text.parse("HloModule nothing")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,101 @@ def test_text_without_a_program_is_refused():
     [("f32[2,3]{1,0}", 24), ("(bf16[5], s4[3], pred[])", 13), ("token[]", 0), ("f8e4m3fn[7]", 7)],
 )
 def test_types_have_their_sizes(text, num_bytes):
-    assert _hlo.Instruction("x", "add", text, (), "", False).num_bytes == num_bytes
+    assert _hlo_text.Instruction("x", "add", text, (), "", False).num_bytes == num_bytes
+
+
+# As the compiler of a TPU writes it: S(1) is vector memory, S(6) that of the scalar unit.
+ON_CHIP = """
+%double (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  ROOT %twice = f32[8,4]{1,0} add(%x, %x)
+}
+
+ENTRY %main (g: f32[8,4], h: f32[8,4], n: s32[]) -> f32[8,4] {
+  %n = s32[]{:T(128)} parameter(2)
+  %h = f32[8,4]{1,0:T(8,128)} parameter(1)
+  %g = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %copy-start = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%g)
+  %slice-start = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%h)
+  %next = s32[]{:T(128)S(6)} add(%n, %n)
+  %first = f32[8,4]{1,0:S(1)} fusion(%h), kind=kLoop, calls=%double
+  %copy-done = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-done = f32[2,4]{1,0:S(1)} slice-done(%slice-start)
+  %second = f32[8,4]{1,0:S(1)} fusion(%copy-done), kind=kLoop, calls=%double
+  %back = (f32[8,4]{1,0}, f32[8,4]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%second)
+  %all = f32[8,4]{1,0} copy-done(%back)
+  %all-reduce-start = f32[8,4]{1,0} all-reduce-start(%all), to_apply=%double
+  %third = f32[8,4]{1,0} fusion(%all), kind=kLoop, calls=%double
+  %reduced = f32[8,4]{1,0} all-reduce-done(%all-reduce-start)
+  %again = f32[8,4]{1,0} all-reduce-start(%third), to_apply=%double
+  ROOT %end = f32[8,4]{1,0} all-reduce-done(%again)
+}
+"""
+
+
+def test_what_is_on_the_chip_costs_no_bytes_and_what_is_brought_there_counts_once():
+    found = _hlo.Program(ON_CHIP).hot
+    array, collective = 8 * 4 * 4, 2 * 8 * 4 * 4
+    # Read ahead, a quarter read ahead, first, written back, third, and two collectives.
+    assert found.num_bytes == array + array / 4 + array + array + 2 * array + 2 * collective
+    assert found.num_kernels == 3 + 2
+    assert found.copies == []
+
+
+def test_collective_overlaps_if_a_kernel_runs_before_its_end():
+    assert _hlo.Program(ON_CHIP).hot.collectives == [
+        _hlo.Collective("all-reduce", 1, 32, True),
+        _hlo.Collective("all-reduce", 1, 32, False),
+    ]
+
+
+def test_copy_within_main_memory_counts_both_sides_though_it_is_asynchronous():
+    text = ON_CHIP.replace(
+        "f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0}, u32", "f32[8,4], f32[8,4], u32"
+    )
+    assert _hlo.Program(text).hot.copies == [32]
+
+
+def test_accelerators_compiles_for_what_it_has_a_compiler_for(tmp_path, capsys):
+    # A TPU's compiler is never installed beside the default tests.
+    arguments = ["--platform", "v5p:2x2x1", "cpu", "--quick", "--variants", "og.guard"]
+    rows = accelerators.main([*arguments, "--folder", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert 'is not installed. In an environment of its own: pip install "libtpu"' in printed
+    record = json.loads((tmp_path / "accelerators_cpu.json").read_text())
+    assert record["rows"] == json.loads(json.dumps(rows))
+    bare, guarded = rows
+    assert (bare["variant"], guarded["variant"]) == ("bare", "og.guard")
+    assert 0.95 <= guarded["extra_reads"] <= 1.05
+    assert 0 < guarded["num_waits"] <= guarded["num_conditionals"]
+    table = accelerators.accelerators_table(tmp_path)
+    assert "AdamW, 8 arrays, f32:" in table and "| 11.00 (" in table and "not run" in table
+
+
+def test_accelerators_refuses_platforms_that_nobody_knows(capsys):
+    with pytest.raises(SystemExit):
+        accelerators.main(["--platform", "v5p"])
+    assert "'v5p' is none of cpu, h100 and topologies such as v5p:2x2x1" in capsys.readouterr().err
+
+
+def test_table_of_accelerators_sets_platforms_side_by_side(tmp_path):
+    assert accelerators.accelerators_table(tmp_path) == ""
+    row = {"tree": "t", "dtypes": "f32", "compiler": "c", "gradient_bytes": 4, "num_waits": 0}
+    of_h100 = [{**row, "platform": "h100", "variant": "bare", "hot_bytes": 28}]
+    of_tpu = [
+        {**row, "platform": "v5p:2x2x1", "variant": "bare", "hot_bytes": 28},
+        {**row, "platform": "v5p:2x2x1", "variant": "guard", "hot_bytes": 32, "num_waits": 2},
+        {**row, "platform": "v5p:2x2x1", "variant": "broken", "error": "TypeError: no"},
+    ]
+    for name, rows in {"h100": of_h100, "v5p": of_tpu}.items():
+        (tmp_path / f"accelerators_{name}.json").write_text(json.dumps({"rows": rows}))
+    lines = accelerators.accelerators_table(tmp_path).splitlines()
+    assert lines[0] == "AdamW, t, f32:"
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:7]]
+    assert cells[0] == ["pipeline", "h100", "v5p:2x2x1"]
+    assert cells[2:] == [
+        ["bare", "7.00", "7.00"], ["guard", "-", "8.00 (2)"], ["broken", "-", "fails"],
+    ]  # fmt: skip
 
 
 def test_ratios_are_of_the_same_round():
