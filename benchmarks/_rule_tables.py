@@ -50,12 +50,15 @@ def number(cell: Row) -> float:
 
 
 def write(cell: Row) -> str:
-    """A value as it stands in a table, with its standard error where there is one."""
+    """A value as it stands in a table, with its standard error or range, and what died."""
     if is_dead(cell):
         return "dead"
     if "se" in cell:
         return f"{cell['value']:+.2f} ± {cell['se']:.2f}"
-    return f"{cell['value']:.4g}"
+    text = f"{cell['value']:.4g}"
+    if cell.get("low") is not None and cell["low"] != cell["high"]:
+        text += f" ({cell['low']:.4g} to {cell['high']:.4g})"
+    return text + (f", {cell['dead']} dead" if cell.get("dead") else "")
 
 
 def accuracy(cell: Row) -> str:
@@ -171,19 +174,24 @@ def to_markdown(rows: Sequence[dict[str, str]]) -> str:
 # All cells of one benchmark
 
 
-def pivot(cells: Sequence[Row], write: Callable[[Row], str] = write) -> str:
-    """One line a rule, rivals first, one column a case, and the versions measured."""
-    cases = list(dict.fromkeys(cell["case"] for cell in cells))
+def pivot(cells: Sequence[Row], write: Callable[[Row], str] = write, *, down: str = "rule") -> str:
+    """One line a rule, rivals first, one column a case, or the other way; and the versions."""
+    across = "case" if down == "rule" else "rule"
     lines: dict[str, dict[str, Row]] = {}
     for cell in cells:
-        lines.setdefault(cell["rule"], {})[cell["case"]] = cell
-    columns: dict[str, Callable[[Row], str]] = {"rule": lambda line: line["rule"]}
-    for case in cases:
-        columns[case] = lambda line, case=case: write(line[case]) if case in line else "-"
+        lines.setdefault(cell[down], {})[cell[across]] = cell
+    titles = list(dict.fromkeys(cell[across] for cell in cells))
+    if down == "rule":
+        lines = dict(sorted(lines.items(), key=lambda pair: place(pair[0])))
+    else:
+        titles.sort(key=place)
+    columns: dict[str, Callable[[Row], str]] = {down: lambda line: line[down]}
+    for title in titles:
+        columns[title] = lambda line, title=title: write(line[title]) if title in line else "-"
     columns["version"] = lambda line: line["version"]
     table = [
-        {"rule": rule, **line, "version": ", ".join(sorted({c["version"] for c in line.values()}))}
-        for rule, line in sorted(lines.items(), key=lambda pair: place(pair[0]))
+        {**line, down: name, "version": ", ".join(sorted({c["version"] for c in line.values()}))}
+        for name, line in lines.items()
     ]
     return _report.markdown_table(table, columns)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks import (
     _records,
@@ -16,9 +16,11 @@ from benchmarks import (
     collectives,
     end_to_end,
     history_cost,
+    sharded,
     step_cost,
 )
-from benchmarks._records import Row
+from benchmarks import accelerators as own
+from benchmarks._records import Record, Row
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -83,6 +85,13 @@ def with_steps(row: Row) -> Row:
     return {**row, "steps_per_call": row["arguments"].get("steps_per_call", 1)}
 
 
+TASKS = {  # letters of those that `others` shows
+    "language_model": "E, F",
+    "lasting_rise": "G",
+    "fine_tuning": "H",
+    "equivalences": "I, J",
+    "odd_models": "K",
+}
 COST = ("variant", "optimizer")
 SECTIONS = (
     Section(
@@ -196,6 +205,15 @@ SECTIONS = (
         ("layout", *COST),
         "rows",
     ),
+    Section(
+        "Communication, by the compilers of accelerators",
+        "sharded",
+        "python -m benchmarks.sharded --platform v5p",
+        "Compiled ahead of time for chips that need not be there; nothing is run.",
+        sharded.to_markdown,
+        ("case", "platform", "variant"),
+        "rows",
+    ),
 )
 
 
@@ -215,32 +233,35 @@ def show(section: Section, folder: Path) -> str:
 
 
 def others(folder: Path) -> list[str]:
-    """Sections of files that nothing above knows: cells as a table of rules and cases.
-
-    A record may say what it is: "title" and "words", beside its "cells".
-    """
+    """Sections of cells that nothing above knows, a table for each benchmark."""
     known = [section.prefix for section in SECTIONS] + ["accelerators"]
-    shown = []
+    by_benchmark: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.json")):
-        if any(_records.is_of_kind(path, prefix) for prefix in known):
-            continue
-        record = _records.load(path)
-        cells = _records.rows([record], ("rule", "case"), part="cells", tidy=_rule_tables.by_name)
-        parts = [f"## {record.data.get('title', record.data.get('benchmark', path.stem))}"]
-        parts += [record.data["words"]] if "words" in record.data else []
-        parts += [_rule_tables.pivot(cells), _records.origin([record])]
-        shown.append("\n\n".join(parts))
-    return shown
+        if not any(_records.is_of_kind(path, prefix) for prefix in known):
+            record = _records.load(path)
+            by_benchmark.setdefault(record.data.get("benchmark", path.stem), []).append(record)
+    shown = [_other(name, found) for name, found in by_benchmark.items()]
+    return sorted(shown)
+
+
+def _other(name: str, found: list[Record]) -> str:
+    found.sort(key=lambda record: record.age)
+    cells = _records.rows(found, ("rule", "case"), part="cells", tidy=_rule_tables.by_name)
+    num_rules, num_cases = (len({cell[key] for cell in cells}) for key in ("rule", "case"))
+    table = _rule_tables.pivot(cells, down="rule" if num_cases <= num_rules else "case")
+    script = Path(__file__).with_name(f"{name}.py")
+    header = ast.get_docstring(ast.parse(script.read_text("utf-8"))) if script.is_file() else name
+    title, *paragraphs = (header or name).split("\n\n")
+    words = [text for text in paragraphs if not text.startswith("    ")]
+    letters = f"{TASKS[name]}. " if name in TASKS else ""
+    source = f"`python -m benchmarks.{name}`. {_records.origin(found)}"
+    return "\n\n".join((f"## {letters}{' '.join(title.split())}", *words, table, source))
 
 
 def accelerators(folder: Path) -> str:
     """What the compilers of accelerators say; its own module makes the table."""
-    if not list(folder.glob("accelerators*.json")):
-        return ""
-    from benchmarks import accelerators as own
-
-    table: Any = own.accelerators_table(folder)
-    return f"## Accelerators\n\n{table}"
+    table = own.accelerators_table(folder)
+    return f"## Accelerators\n\n{table}" if table else ""
 
 
 def overview(folder: Path) -> str:

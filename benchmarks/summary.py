@@ -6,10 +6,10 @@
 
 A document holds what is generated between markers (`_documents.py`); `--write` fills them, and a
 test fails where they differ from the files. `benchmarks/README.md` has a section for every kind of
-file (`_sections.py`); one that no section knows is shown as a table if it has "cells": a flat list
-of {"rule": str, "case": str, "value": float}, and perhaps "se", or "dead" of "seeds"; "title" and
-"words" beside it say what it is. Of several files with the same rule and case the newest counts:
-by version of this library, date and name.
+file (`_sections.py`). A file of another kind is shown as a table under the header of its script,
+`benchmarks/<"benchmark">.py`, if it has "cells": a flat list of {"rule": str, "case": str,
+"value": float}, perhaps with "se", or "low" and "high", or "dead" of "seeds". Where several files
+have the same rule and case, the newest counts: by version of this library, date and name.
 
 The table without `--write` takes A, temporal order (the case "L=30, lr=0.1"; "solved", "seeds" and
 the interval "low" to "high"), B, the clinic (worst difference, over the cases, to the best clipping

@@ -96,19 +96,32 @@ def test_without_files_only_what_needs_none_is_written(tmp_path):
     assert _documents.write(text, tmp_path) == "<!-- begin cost -->\n<!-- end cost -->\n"
 
 
-def test_a_file_of_a_new_kind_gets_a_section(tmp_path):
+def test_files_of_a_new_benchmark_get_a_section(tmp_path):
     cells = [
+        {"rule": "og.stabilize", "case": "rate 0.1", "value": 2.5, "low": 2.4, "high": 2.6},
         {"rule": "none", "case": "rate 0.1", "value": 2.41},
-        {"rule": "og.stabilize", "case": "rate 0.1", "value": 2.5, "se": 0.01},
         {"rule": "og.stabilize", "case": "rate 0.3", "value": None},
+        {"rule": "none", "case": "rate 0.3", "value": 3.0, "dead": 1, "seeds": 4},
     ]
-    save(tmp_path, "decoder_cpu.json", title="E. A decoder", words="In nats.", cells=cells)
+    save(tmp_path, "new_cpu.json", benchmark="new", cells=cells)
+    more = [{"rule": "none", "case": "rate 1", "value": 9.0}]
+    save(tmp_path, "new_rest_cpu.json", benchmark="new", cells=more)
     shown = _sections.evidence(tmp_path)
-    assert "## E. A decoder\n\nIn nats.\n\n| rule" in shown
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "| none | 2.41 | - | 0.2.0 |" in lines
-    assert "| og.stabilize | +2.50 ± 0.01 | dead | 0.2.0 |" in lines
-    assert "From `decoder_cpu.json` (version 0.2.0)." in shown
+    assert lines.count("## new") == 1
+    assert "| case | none | og.stabilize | version |" in lines
+    assert "| rate 0.1 | 2.41 | 2.5 (2.4 to 2.6) | 0.2.0 |" in lines
+    assert "| rate 0.3 | 3, 1 dead | dead | 0.2.0 |" in lines
+    assert "| rate 1 | 9 | - | 0.2.0 |" in lines
+    assert "From `new_cpu.json`, `new_rest_cpu.json` (version 0.2.0)." in shown
+
+
+def test_a_benchmark_is_described_by_its_header(tmp_path):
+    cell = {"rule": "none", "case": "a case", "value": 1.0}
+    save(tmp_path, "history_cpu.json", benchmark="healthy", cells=[cell])
+    shown = _sections.evidence(tmp_path)
+    assert "## What does a rule cost a run that needs none?" in shown
+    assert "A healthy network learns by plain SGD" in shown
 
 
 def test_of_two_files_the_newer_version_counts(tmp_path):
