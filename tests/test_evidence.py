@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_what_a_document_points_to_is_there(name):
         assert (ROOT / name).parent.joinpath(path).exists(), path
     for path in scripts:
         assert (ROOT / path).is_file(), path
+
+
+def test_what_an_index_shows_needs_no_file():
+    project = tomllib.loads(read("pyproject.toml"))
+    shown = read("README.md")
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        shown = re.sub(each["pattern"], each["replacement"], shown)
+    assert re.findall(r"\]\((?!https:)|!\[|<!--", shown) == []
+    assert "More: recipes, examples, evidence" in " ".join(shown.split())
+    assert len(shown) > 0.9 * len(read("README.md"))
 
 
 def test_every_example_and_picture_is_in_the_gallery():
