@@ -5,6 +5,7 @@ the range in which it is accurate, a cold branch reads the gradients again at tw
 scales, fixed powers of two, so that 1e-37 does not underflow and 3e38 does not overflow.
 On mesh axes the branch stays local to each device and the sums of all three scales
 travel in one ``psum``, and with them what a guard wants to know: no collective depends on data.
+What a guard looks at where gradients are bad hangs on the same branch.
 
 It has a derivative rule, because those of the parts overflow where the derivative of the whole is
 finite (at zero, at 1e-30, and next to a NaN).
@@ -203,15 +204,19 @@ def _measure(
     # From here on everything hangs on a branch, whose outputs XLA cannot fuse with what made
     # them; else it would repeat the sum over all leaves in the loop of every leaf.
     if not axes.names:
-        measured = lax.cond(
-            is_cold,
-            lambda leaves, terms, *_: _roots(reread(leaves, terms, call), sizes, groups),
-            lambda leaves, terms, stacked: _plain_roots(stacked, terms, sizes, call),
-            leaves,
-            terms,
-            stacked,
-        )
-        return measured, None
+        if call.watch is not None:
+            is_cold |= call.watch.is_due(watched)
+
+        def cold(leaves, terms, _, watched):
+            measured = _roots(reread(leaves, terms, call), sizes, groups)
+            return measured, call.watch and call.watch(watched, ~jnp.isfinite(measured.norm))
+
+        def hot(leaves, terms, stacked, _):
+            del leaves
+            measured = _plain_roots(stacked, terms, sizes, call)
+            return measured, call.watch and jnp.asarray(False)
+
+        return lax.cond(is_cold, cold, hot, leaves, terms, stacked, watched)
     sums = lax.cond(
         is_cold,
         lambda leaves, terms, _: reread(leaves, terms, call),
@@ -224,9 +229,9 @@ def _measure(
     if call.watch is None:
         return _roots(axes.psum(sums), sizes, groups), None
     is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in stacked), jnp.zeros((), groups.dtype)))
-    noted = call.watch(leaves, watched, is_bad).astype(groups.dtype)
-    sums, noted = axes.psum((sums, noted))
-    return _roots(sums, sizes, groups), noted
+    alarm = call.watch(watched, is_bad).astype(groups.dtype)
+    sums, num_alarms = axes.psum((sums, alarm))
+    return _roots(sums, sizes, groups), num_alarms > 0
 
 
 def _count_once(part: Sequence[jax.Array], call: MeasureCall) -> Sequence[jax.Array]:
@@ -250,7 +255,7 @@ def _measure_jvp(call, primals, tangents):
     groups, axes = call.groups, call.axes
     leaves, *_ = primals
     leaf_dots, *_ = tangents
-    result, noted = _measure(*primals, call)
+    result, alarm = _measure(*primals, call)
     down = RANGES[groups.dtype].down
 
     def tangent(groups, norms, scaled, finite, total):
@@ -296,7 +301,8 @@ def _measure_jvp(call, primals, tangents):
         leaf_norms=row_norms_dot.astype(jnp.float32),
         leaf_finite=np.zeros(result.leaf_finite.shape, jax.dtypes.float0),
     )
-    return (result, noted), (dots, noted if noted is None else jnp.zeros_like(noted))
+    alarm_dot = alarm if alarm is None else np.zeros(alarm.shape, jax.dtypes.float0)
+    return (result, alarm), (dots, alarm_dot)
 
 
 @functools.cache
@@ -335,7 +341,7 @@ def measure_and_watch(
     small_rows_matter: jax.Array | bool = False,
     watched: Any = (),
 ) -> tuple[Measurement, jax.Array | None]:
-    """``measure``, and on mesh axes what ``call.watch`` finds, added up over all devices.
+    """``measure``, and whether ``call.watch`` alarms on any device.
 
     ``small_rows_matter`` is a bool for each row, or for all: whether its norm is to be right where
     elements may have underflowed.

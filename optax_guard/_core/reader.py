@@ -23,14 +23,14 @@ class Reading(NamedTuple):
       norm: of all leaves together.
       leaf_norms: float32 ``[rows]``.
       leaf_finite: bool ``[rows]``.
-      noted: what ``watch`` found, added up over all devices; None without mesh axes.
+      alarm: whether ``watch`` alarmed on any device; None if nothing is watched.
       answers: results of the measurement inside, flat.
     """
 
     norm: jax.Array
     leaf_norms: jax.Array
     leaf_finite: jax.Array
-    noted: jax.Array | None
+    alarm: jax.Array | None
     answers: tuple[Any, ...]
 
 
@@ -61,14 +61,14 @@ class Reader(NamedTuple):
         small_norms_matter: Any = True
         if self.is_shared:
             small_norms_matter, _ = self._asked(arguments)
-        measured, noted = measure_and_watch(
+        measured, alarm = measure_and_watch(
             leaves,
             self.call,
             small_norms_matter=small_norms_matter,
             small_rows_matter=small_rows_matter,
             watched=watched,
         )
-        return Reading(*measured[-3:], noted, self._answers(measured, leaves, arguments))
+        return Reading(*measured[-3:], alarm, self._answers(measured, leaves, arguments))
 
     def _answers(
         self, measured: Measurement, leaves: Sequence[Any], arguments: Sequence[Any]
@@ -110,5 +110,5 @@ def make_reader(
             heard.groups.has_stacks or heard.groups.is_flat
         )
         groups = heard.groups._replace(depths=groups.depths) if is_shared else groups
-    call = MeasureCall(groups, plan.is_used, axes, watch if axes.names else None)
+    call = MeasureCall(groups, plan.is_used, axes, watch)
     return Reader(plan, call, is_shared)

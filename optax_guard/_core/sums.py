@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,17 @@ from optax_guard._core.batches import load, make_batches
 from optax_guard._core.groups import Groups
 from optax_guard._core.rescale import RANGES
 
-# From what is on one device, and whether the leaves are non-finite there, numbers to add up over
-# all devices: ``(leaves, watched, is_bad) -> [n]``.
-Watch = Callable[[tuple[jax.Array, ...], Any, jax.Array], jax.Array]
+
+class Watch(Protocol):
+    """What else is looked at where gradients are bad. Hashable, to be a static argument."""
+
+    def __call__(self, watched: Any, is_bad: jax.Array) -> jax.Array:
+        """Whether ``watched`` alarms; ``is_bad`` tells whether gradients of this device are bad."""
+        ...
+
+    def is_due(self, watched: Any) -> jax.Array:
+        """Whether to look even if no gradient is bad."""
+        ...
 
 
 class MeasureCall(NamedTuple):
@@ -29,7 +37,7 @@ class MeasureCall(NamedTuple):
       groups: which elements share a norm.
       is_used: for each leaf whether it is looked at; the others count as zero.
       axes: mesh axes over which the leaves are sharded.
-      watch: what else to sum over the devices.
+      watch: what else to look at where gradients are bad; None for nothing.
     """
 
     groups: Groups

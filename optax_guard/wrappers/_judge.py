@@ -46,7 +46,7 @@ class Case(NamedTuple):
     def watched(self) -> Watched:
         # On many devices what is bad here may be fine elsewhere, where a poison sits. All of them
         # look in the step after.
-        is_suspicious = self.state.last_step_skipped
+        is_suspicious = self.state.last_step_skipped if self.axes.names else jnp.asarray(False)
         if self.value is not None:
             is_suspicious |= ~jnp.isfinite(self.value)
         leaves = (inexact_leaves(self.params), inexact_leaves(self.state.inner_state))
@@ -84,13 +84,14 @@ def judge(
     extra_args: dict[str, Any],
 ) -> Verdict:
     """Whether to accept the step, and why not."""
-    alarm = None if reading.noted is None else reading.noted[0] > 0
+    alarm = jnp.asarray(False) if reading.alarm is None else reading.alarm
+    gradients_are_finite = jnp.isfinite(reading.norm)
     bad_value = jnp.asarray(False) if case.value is None else ~jnp.isfinite(case.value)
-    is_finite = jnp.all(reading.leaf_finite) & ~bad_value
+    is_finite = gradients_are_finite & ~bad_value
     bad_proposal, bad_rows = jnp.asarray(False), ~reading.leaf_finite
     if check_update:
         bad_proposal, bad_updates, late_alarm = _judge_proposal(case, reading, is_finite)
-        alarm = None if alarm is None else alarm | late_alarm
+        alarm |= late_alarm
         bad_rows |= _as_rows(bad_updates & bad_proposal, groups, bad_rows)
     rejecting, condition_states = judge_conditions(
         conditions, is_finite, bad_proposal, reading.norm, case.value, case.state.condition_states,
@@ -98,18 +99,9 @@ def judge(
     )  # fmt: skip
     rejected = rejecting >= 0
     ok = is_finite & ~bad_proposal & ~rejected
-    if alarm is None:
-        # ``ok`` passes through the branch, so that XLA looks at the old state before it
-        # overwrites it, and cannot repeat what led to ``ok`` in the loop of every leaf.
-        ok, alarm = lax.cond(
-            ok,
-            lambda _: (jnp.asarray(True), jnp.asarray(False)),
-            lambda watched: (jnp.asarray(False), case.look.find(watched)),
-            case.watched,
-        )
     was_poisoned = alarm & (~is_finite | bad_proposal)
     reason = _bits(
-        (SkipReason.GRADIENT, ~jnp.all(reading.leaf_finite)),
+        (SkipReason.GRADIENT, ~gradients_are_finite),
         (SkipReason.LOSS_VALUE, bad_value),
         (SkipReason.PROPOSAL, bad_proposal),
         (SkipReason.CONDITION, rejected),
@@ -136,9 +128,10 @@ def _judge_proposal(
         # it would write all of it to memory for that, and take twice the time.
         nothing = jax.eval_shape(look_at, arguments)
         flags = lax.cond(is_finite, look_at, lambda _: jnp.zeros_like(nothing), arguments)
-        return flags[-1] & is_finite, flags[:-1], jnp.asarray(False)
+        is_bad = flags[-1] & is_finite
+        return is_bad, flags[:-1], case.look(case.watched, is_bad)
     flags = look_at(arguments)  # not under a branch: ``inner`` may hold collectives
-    alarm = case.look.if_bad(case.watched, jnp.any(flags))
+    alarm = case.look(case.watched, jnp.any(flags))
     flags = axes.any(jnp.append(flags, alarm))
     return flags[-2] & is_finite, flags[:-2], flags[-1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,14 +29,11 @@ class LookIf(NamedTuple):
 
     shapes: tuple[tuple[int, ...], ...]
 
-    def __call__(
-        self, leaves: Sequence[jax.Array], watched: Watched, is_bad: jax.Array
-    ) -> jax.Array:
-        """``[1]``: 1 if there is a poison on this device."""
-        del leaves
-        return self.if_bad(watched, is_bad).reshape(1)
+    def is_due(self, watched: Watched) -> jax.Array:
+        """Whether to look even if no gradient is bad."""
+        return watched.is_suspicious
 
-    def if_bad(self, watched: Watched, is_bad: jax.Array) -> jax.Array:
+    def __call__(self, watched: Watched, is_bad: jax.Array) -> jax.Array:
         """Whether there is a poison on this device; looks only if something is bad here."""
         return lax.cond(is_bad | watched.is_suspicious, self.find, _find_nothing, watched)
 

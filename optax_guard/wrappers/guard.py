@@ -227,8 +227,7 @@ def _read(case: Case, stacked: Stacked) -> tuple[Reader, Reading]:
     is_due = (state.guard_step % _RELOOK) == 0
     small_rows_matter = (state.leaf_norms != 0) | is_due
     reader = make_reader(case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look)
-    watched = case.watched if case.axes.names else ()
-    return reader, reader.read(case.proposal.arguments, small_rows_matter, watched)
+    return reader, reader.read(case.proposal.arguments, small_rows_matter, case.watched)
 
 
 def _checked_value(value: Any) -> jax.Array | None:
