@@ -31,6 +31,7 @@ from optax_guard._core.sums import (
     Sums,
     at_all_scales,
     batches_of,
+    join,
     load_batch,
     reread,
     squared_sum,
@@ -118,6 +119,7 @@ def _roots(sums: Sums, sizes: jax.Array, groups: Groups) -> Measurement:
 def _plain_roots(
     stacked: tuple[jax.Array, ...],
     terms: Sequence[jax.Array],
+    batches: Sequence[Sequence[int]],
     sizes: jax.Array,
     call: MeasureCall,
 ) -> Measurement:
@@ -126,10 +128,9 @@ def _plain_roots(
     sums = groups.total(stacked)
     norms = tuple(map(jnp.sqrt, sums))
     if groups.is_flat:  # equal kernels for equal shapes, which slices of the vector would not be
-        used = iter(terms)
-        zero = jnp.zeros((), groups.dtype)
-        parts = [jnp.sum(next(used)) if is_used else zero for is_used in call.is_used]
-        row_sums = jnp.stack(parts) if parts else groups.row_sums(stacked)
+        pairs = zip(terms, batches, strict=True)
+        parts = [term if len(batch) > 1 else jnp.sum(term) for term, batch in pairs]
+        row_sums = join(parts, batches, groups.rows, groups.dtype)
     else:
         row_sums = groups.row_sums(stacked)
     return Measurement(
@@ -213,7 +214,7 @@ def _measure(
 
         def hot(leaves, terms, stacked, _):
             del leaves
-            measured = _plain_roots(stacked, terms, sizes, call)
+            measured = _plain_roots(stacked, terms, batches, sizes, call)
             return measured, call.watch and jnp.asarray(False)
 
         return lax.cond(is_cold, cold, hot, leaves, terms, stacked, watched)

@@ -89,11 +89,13 @@ def batches_of(leaves: Sequence[jax.Array], call: MeasureCall) -> list[list[int]
     groups = call.groups
     used = [index for index, is_used in enumerate(call.is_used) if is_used]
     if groups.kind == "each":
-        return [[index] for index in used]
-    flat = [index for index in used if groups.depths[index] == 0]
-    batches = make_batches([leaves[index] for index in flat])
-    stacks = [[index] for index in used if groups.depths[index] > 0]
-    return [[flat[place] for place in batch] for batch in batches] + stacks
+        shapes = groups.group_shapes()
+        whole = [index for index in used if groups.is_flat and not shapes[index]]
+    else:
+        whole = [index for index in used if groups.depths[index] == 0]
+    batches = make_batches([leaves[index] for index in whole])
+    others = [[index] for index in used if index not in set(whole)]
+    return [[whole[place] for place in batch] for batch in batches] + others
 
 
 def load_batch(
@@ -103,7 +105,7 @@ def load_batch(
     first, *others = batch
     if not others:
         return leaves[first], groups.term_axes(first)
-    return load(batch, leaves), tuple(axis + 1 for axis in groups.axes[first])
+    return load(batch, leaves), tuple(range(1, 1 + len(groups.shapes[first])))
 
 
 def unload(
@@ -111,27 +113,39 @@ def unload(
 ) -> tuple[jax.Array, ...]:
     """One vector of rows, or one array a leaf for "each", from one array for each batch."""
     groups = call.groups
-    if groups.kind == "each":
-        by_leaf = {batch[0]: part for batch, part in zip(batches, parts, strict=True)}
-        terms = tuple(
-            replicated(by_leaf[index]) if index in by_leaf else jnp.zeros(shape, groups.dtype)
-            for index, shape in enumerate(groups.term_shapes())
-        )
-        return (groups.flatten(terms),) if groups.is_flat else terms
-    starts = np.cumsum([0, *groups.rows])
-    order = [row for batch in batches for i in batch for row in range(starts[i], starts[i + 1])]
-    count = int(starts[-1])
+    if groups.kind != "each":
+        return (join(parts, batches, groups.rows, groups.dtype),)
+    if groups.is_flat:
+        return (join(parts, batches, groups.unit_counts, groups.dtype),)
+    by_leaf = {batch[0]: part for batch, part in zip(batches, parts, strict=True)}
+    return tuple(
+        replicated(by_leaf[index]) if index in by_leaf else jnp.zeros(shape, groups.dtype)
+        for index, shape in enumerate(groups.term_shapes())
+    )
+
+
+def join(
+    parts: Sequence[jax.Array],
+    batches: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    dtype: np.dtype,
+) -> jax.Array:
+    """One vector, leaf after leaf, of ``counts`` entries each; zero for what is in no batch."""
+    starts = np.cumsum([0, *counts])
     if not parts:
-        return (jnp.zeros((count,), groups.dtype),)
+        return jnp.zeros((int(starts[-1]),), dtype)
     flat = [replicated(part).reshape(-1) for part in parts]
-    vector = lax.optimization_barrier(jnp.concatenate(flat))
-    if order == list(range(count)):
-        return (vector,)
-    if len(order) < count:  # a place of its own, of zero, for all that is not used
+    # Behind a barrier it is a copy; else XLA would make one large kernel of all before it.
+    vector = lax.optimization_barrier(jnp.concatenate(lax.optimization_barrier(flat)))
+    ranges = [np.arange(starts[i], starts[i + 1]) for batch in batches for i in batch]
+    order = np.concatenate(ranges)
+    if np.array_equal(order, np.arange(starts[-1])):
+        return vector
+    if len(order) < starts[-1]:  # a place of its own, of zero, for all that is not used
         vector = jnp.append(vector, jnp.zeros((), vector.dtype))
-    places = np.full(count, len(order))
+    places = np.full(starts[-1], len(order), np.int32)
     places[order] = np.arange(len(order))
-    return (vector.at[places].get(mode="promise_in_bounds"),)
+    return vector.at[places].get(mode="promise_in_bounds")
 
 
 class Sums(NamedTuple):
