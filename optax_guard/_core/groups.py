@@ -143,14 +143,25 @@ class Groups(NamedTuple):
         flat = lax.optimization_barrier([part.reshape(*lead, -1) for part in parts])
         return jnp.concatenate(flat, -1) if flat else jnp.zeros((*lead, 0), self.dtype)
 
-    def unflatten(self, flat: jax.Array) -> list[jax.Array]:
-        """The inverse."""
-        shapes, start, parts = self.group_shapes(), 0, []
-        for shape in shapes:
-            stop = start + math.prod(shape)
-            parts.append(flat[..., start:stop].reshape(*flat.shape[:-1], *shape))
-            start = stop
-        return parts
+    def starts(self) -> list[jax.Array]:
+        """Where in a vector the norms of each leaf begin, for ``split``."""
+        # Behind a barrier, so that XLA takes them for data: leaves of one shape then share one
+        # kernel, where slices at constant places would be a kernel each.
+        counts = [1] * len(self.axes) if self.kind == "leaf" else self.unit_counts
+        places = np.cumsum([0, *counts], dtype=np.int32)[:-1]
+        return lax.optimization_barrier([jnp.asarray(place) for place in places])
+
+    def split(self, vectors: jax.Array, starts: Sequence[jax.Array]) -> list[jax.Array]:
+        """For each leaf its part along the last axis, shaped as its norms.
+
+        The inverse of ``flatten``. In a branch, with ``starts`` from outside of it.
+        """
+        lead = vectors.shape[:-1]
+        shapes = [()] * len(self.axes) if self.kind == "leaf" else self.group_shapes()
+        return [
+            lax.dynamic_slice_in_dim(vectors, start, math.prod(shape), -1).reshape(*lead, *shape)
+            for start, shape in zip(starts, shapes, strict=True)
+        ]
 
     def total(self, terms: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """From one vector of rows, or for "each" one array a leaf or a vector, to blocks."""
@@ -199,7 +210,7 @@ class Groups(NamedTuple):
             return [blocks[0]] * len(self.axes)
         if self.kind == "leaf":
             return [blocks[0][index] for index in range(len(self.axes))]
-        return self.unflatten(blocks[0]) if self.is_flat else list(blocks)
+        return self.split(blocks[0], self.starts()) if self.is_flat else list(blocks)
 
 
 def row_suffixes(layers: tuple[int, ...]) -> list[str]:

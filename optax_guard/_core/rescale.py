@@ -84,14 +84,23 @@ class Scaling(NamedTuple):
 
 def rescale(leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups) -> tuple[jax.Array, ...]:
     """Gives each active group the norm ``limit``; the others keep every bit."""
-    firsts, seconds = _spread_factors(lax.stop_gradient(scaling), groups)
+    return rescale_and_split(leaves, scaling, groups, None)[0]
+
+
+def rescale_and_split(
+    leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups, flat: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
+    """``rescale``, and the part for each leaf of ``flat`` ``[rows, units]``, of a flat block."""
+    firsts, seconds, parts = _spread_factors(lax.stop_gradient(scaling), groups, flat)
     # Leaf by leaf, so that one whose update nobody needs is not kept alive by the others.
-    parts = zip(*map(groups.spread, scaling), strict=True)
-    return tuple(map(_rescale_leaf, leaves, firsts, seconds, (Scaling(*part) for part in parts)))
+    own = (Scaling(*part) for part in zip(*map(groups.spread, scaling), strict=True))
+    return tuple(map(_rescale_leaf, leaves, firsts, seconds, own)), parts
 
 
-def _spread_factors(scaling: Scaling, groups: Groups) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Two factors for each leaf, ready to broadcast."""
+def _spread_factors(
+    scaling: Scaling, groups: Groups, flat: jax.Array | None
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Two factors for each leaf, ready to broadcast, and its part of ``flat``."""
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
 
     def factors(scaling):
@@ -102,26 +111,27 @@ def _spread_factors(scaling: Scaling, groups: Groups) -> tuple[list[jax.Array], 
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.
-    if groups.is_flat:
-        nothing = jnp.ones((2, scaling.norms[0].shape[0]), groups.dtype)
-        spread = lax.cond(
-            any_of(scaling.active),
-            lambda scaling: groups.unflatten(jnp.stack([f[0] for f in factors(scaling)])),
-            lambda _: groups.unflatten(nothing),
-            scaling,
-        )
-        return [pair[0] for pair in spread], [pair[1] for pair in spread]
-    if groups.kind == "leaf":
-        # One pair for each leaf leaves the branch. Slices of a vector in the loop of every leaf
-        # would make all loops different, and the compiler compiles equal ones once.
-        pairs = jnp.stack([blocks[0] for blocks in factors(scaling)], axis=-1)
-        one = jnp.ones((2,), pairs.dtype)  # the tree may be empty
-        count = len(groups.axes)
-        spread = lax.cond(any_of(scaling.active), list, lambda pairs: [one] * count, pairs)
-        return [pair[0] for pair in spread], [pair[1] for pair in spread]
-    chosen = lax.cond(any_of(scaling.active), factors, lambda _: (ones, ones), scaling)
-    firsts, seconds = map(groups.spread, chosen)
-    return firsts, seconds
+    is_active = any_of(scaling.active)
+    if groups.kind == "global" or (groups.kind == "each" and not groups.is_flat):
+        chosen = lax.cond(is_active, factors, lambda _: (ones, ones), scaling)
+        firsts, seconds = map(groups.spread, chosen)
+        return firsts, seconds, []
+    # One array for each leaf leaves the branch. Slices of a vector in the loop of every leaf
+    # would make all loops different, and the compiler compiles equal ones once.
+    starts = groups.starts()
+    rest = jnp.zeros((0, ones[0].size), groups.dtype) if flat is None else flat
+    parts = lax.cond(
+        is_active,
+        lambda scaling, rest: groups.split(_rows(*factors(scaling), rest), starts),
+        lambda scaling, rest: groups.split(_rows(ones, ones, rest), starts),
+        scaling,
+        rest,
+    )
+    return [part[0] for part in parts], [part[1] for part in parts], [part[2:] for part in parts]
+
+
+def _rows(firsts: Sequence[jax.Array], seconds: Sequence[jax.Array], rest: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.stack([firsts[0], seconds[0]]), rest])
 
 
 @jax.custom_jvp

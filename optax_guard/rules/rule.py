@@ -24,7 +24,7 @@ from optax_guard._core.batches import can_be_flat
 from optax_guard._core.checks import check_axis_name, check_scope
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
 from optax_guard._core.measure import Measurement, measure
-from optax_guard._core.rescale import Scaling, rescale
+from optax_guard._core.rescale import Scaling, rescale_and_split
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves
@@ -180,19 +180,22 @@ def limit_norms(
         )
         histories = unpack_all(rule.init, state.history, groups, name)
         scaling, new_histories = _decide(rule, measured, histories, contexts, groups)
-        arrays = rescale(split.arrays, scaling, groups)
-        packed = tuple(map(pack, new_histories, groups.blocks))
-        if groups.is_flat and jax.tree.leaves(state.history):
-            packed = tuple(groups.unflatten(packed[0]))
-        history = packed if groups.kind == "each" else packed[0]
-        new_state = count_step(
+        is_finite = jnp.all(measured.leaf_finite)
+        packed = [tuple(map(pack, each, groups.blocks)) for each in (new_histories, histories)]
+        history, old = (tree if groups.kind == "each" else tree[0] for tree in packed)
+        history = tree_where(is_finite, history, old)
+        flat = history[0] if groups.is_flat and jax.tree.leaves(history) else None
+        arrays, parts = rescale_and_split(split.arrays, scaling, groups, flat)
+        counted = count_step(
             state,
             is_cut=_any_cut(scaling),
             scale=_smallest_factor(scaling),
-            history=history if jax.tree.leaves(state.history) else state.history,
+            history=state.history,
         )
-        is_finite = jnp.all(measured.leaf_finite)
-        return split.replace(arrays), tree_where(is_finite, new_state, state)
+        new_state = tree_where(is_finite, counted, state)
+        if jax.tree.leaves(state.history):
+            new_state = new_state._replace(history=history if flat is None else tuple(parts))
+        return split.replace(arrays), new_state
 
     return transformation(init, update)
 
