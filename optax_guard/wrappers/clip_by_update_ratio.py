@@ -33,7 +33,7 @@ from optax_guard._core.statistics import (
     add_to_first,
     add_to_window,
     no_first_norms,
-    percentile_of,
+    median_of,
 )
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves, strong
@@ -347,7 +347,7 @@ def _refuse_multi_steps(inner_state: Any) -> None:
 def _usual_norm(first: FirstNorms, state: ClipByUpdateRatioState) -> jax.Array:
     """The smaller of two medians: that of the first norms, and that of the last limits."""
     count = state.recent_count
-    recent = percentile_of(state.recent_norms, jnp.maximum(count, 1), 50)
+    recent = median_of(state.recent_norms, jnp.maximum(count, 1))
     recent = jnp.where(count >= _FEWEST_RECENT, recent, jnp.inf)
     return jnp.minimum(first.median, lax.stop_gradient(recent).astype(first.median.dtype))
 
