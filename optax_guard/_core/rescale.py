@@ -104,10 +104,9 @@ def _spread_factors(
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
 
     def factors(scaling):
-        return tuple(
-            list(map(jnp.where, scaling.active, blocks, ones))
-            for blocks in factors_to(*scaling[:3])
-        )
+        firsts, seconds = factors_to(*scaling[:3])
+        chosen = [list(map(jnp.where, scaling.active, each, ones)) for each in (firsts, seconds)]
+        return chosen[0], chosen[1]
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.

@@ -32,8 +32,8 @@ from optax_guard._core.statistics import (
     FirstNorms,
     add_to_first,
     add_to_window,
-    no_first_norms,
     median_of,
+    no_first_norms,
 )
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves, strong
