@@ -10,9 +10,9 @@ For every tree, dtype and pipeline the table tells the bytes that a healthy step
 writes to main memory, in units of the gradients' bytes (what stays in a TPU's vector memory is
 free), kernels, the conditionals that it comes to, copies of arrays as large as a parameter,
 temporary memory and the compiler's time. Expected: bare and 1.05 gradients for the guard, every
-clip of scope global and leaf, and the default of ``stabilize``. Not reached on a v5p with 48 arrays:
-1.07 with a clip or the default, because its compiler brings two gradients into vector memory for
-the rare branch, drops them, and reads them again for the update.
+clip of scope global and leaf, and the default of ``stabilize``. Not reached on a v5p with 48
+arrays: 1.07 with ``clip_by_zscore`` or the default, because its compiler brings two gradients into
+vector memory for the rare branch, drops them, and reads them again for the update.
 
 Each platform has its file, `accelerators_<platform>.json`, in `benchmarks/outputs` or `--folder`.
 """
