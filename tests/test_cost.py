@@ -378,8 +378,8 @@ STATES = {
         guarded(skip_if=og.spike(window=16)), 44 + 20 * NUM_ARRAYS + 4 * 16 + 8, 4,
     ),
     "dynamic_loss_scale": (
-        og.states.DynamicLossScaleState, "that of the wrapped optimizer, and 20 bytes",
-        og.dynamic_loss_scale(SGD), 20, 2,
+        og.states.DynamicLossScaleState, "that of the wrapped optimizer, and 28 bytes",
+        og.dynamic_loss_scale(SGD), 28, 2,
     ),
     "backoff": (
         og.backoff, "8 bytes of state", og.backoff(guarded()), 44 + 20 * NUM_ARRAYS + 8, 4,

@@ -536,3 +536,18 @@ def test_a_state_without_a_guard_is_an_error():
 def test_inside_jit_the_error_names_the_remedy():
     with pytest.raises(TypeError, match=r"og\.diagnose runs on the host.*Call it outside of jit"):
         jax.jit(og.diagnose)(GRADIENTS, PARAMS)
+
+
+def test_a_state_beside_a_clip_by_units_calls_nothing_dead_that_may_be_tiny():
+    params = {"first": jnp.ones((30, 20)), "last": jnp.ones((2, 2))}
+    gradients = {"first": jnp.full((30, 20), 1e-27), "last": jnp.full((2, 2), 0.01)}
+    for scope in ("global", "leaf", "unit"):
+        tx = og.guard(optax.chain(og.clip_by_norm(1.0, scope=scope), optax.sgd(0.1)))
+        _, state = tx.update(gradients, tx.init(params), params)
+        first, last = og.diagnose(state, params).rows
+        assert (first.verdict, last.verdict) == ("vanishing", "ok"), scope
+        dead = gradients | {"first": jnp.zeros((30, 20))}
+        _, state = tx.update(dead, tx.init(params), params)
+        expected = "vanishing" if scope == "unit" else "dead"
+        assert og.diagnose(state, params).rows[0].verdict == expected
+    assert og.diagnose(dead, params).rows[0].verdict == "dead"  # the gradients tell

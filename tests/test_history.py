@@ -718,6 +718,41 @@ def test_reports_are_for_each_group_by_its_key():
     assert "fast/clip_by_norm: cut 2 of 3 steps" in text
 
 
+def test_steps_have_one_number_beside_overflows():
+    tx = og.dynamic_loss_scale(og.guard(optax.sgd(0.1), max_consecutive_skips=1))
+    update, state, history = jax.jit(tx.update), tx.init(PARAMS), og.History(params=PARAMS)
+    for step, (size, loss) in enumerate([(1, 1), (jnp.inf, 1), (jnp.inf, 1), (1, jnp.nan), (1, 1)]):
+        gradients = jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), PARAMS)
+        _, state = update(gradients, state, PARAMS, value=jnp.float32(loss))
+        history.append(step, state)
+    text = history.summary()
+    assert "skipped: 1 of 5 steps\n  step 3: the loss value was not finite" in text
+    assert "overflowed at the loss scale: 2 of 5 steps" in text
+    text = og.explain(state, PARAMS)
+    assert "Step 3 was skipped" in text and "Skipped so far: 1 of 5 steps" in text
+    with pytest.raises(og.GuardGaveUp, match="Step 3 was skipped") as error:
+        og.check(state, PARAMS)
+    assert error.value.step == 3
+
+
+def test_scope_of_a_clip_is_told_and_nothing_is_drawn_that_was_not_measured():
+    def received(*clips):
+        history = follow(og.guard(optax.chain(*clips, optax.adam(0.1))), (0.5, 4.0))
+        return history.summary(), events_of(history)
+
+    text, events = received(og.clip_by_norm(1.0, scope="leaf"))
+    assert "clip_by_norm by leaf: cut some array in 1 of 2 steps (recent 50 %)" in text
+    assert "smallest factor on average 0.56" in text
+    assert np.isnan(events.received).all()  # each array has a factor of its own
+    text, events = received(og.clip_by_norm(1.0), og.clip_by_norm(0.9, scope="unit"))
+    assert [clip.label for clip in events.clips] == ["clip_by_norm", "clip_by_norm 2 by unit"]
+    np.testing.assert_allclose(events.received, [1, 1], rtol=1e-6)
+    _, events = received(og.clip_by_norm(1.0), og.clip_by_norm(0.1, scope="unit"))
+    assert np.isnan(events.received).all()
+    _, events = received(og.clip_by_rms(1.0))
+    assert events.clips[0].label == "clip_by_rms"  # by leaf, as it usually is
+
+
 def test_skip_is_told_with_step_reason_condition_and_layers():
     params = {f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in range(12)}
     tx = og.guard(optax.sgd(0.1), skip_if=(og.norm_above(1e9), og.spike(6.0, window=4)))
@@ -750,9 +785,52 @@ def test_clip_that_cuts_most_steps_is_questioned_with_a_likely_cause():
     assert "the learning rate is likely too high" in rising
     for sizes in ([1.0] * 50, [1.0] * 110 + [0.001] * 300):  # too few, and long ago
         assert "too low?" not in follow(guarded, sizes).summary()
-    by_design = og.guard(optax.chain(og.clip_by_percentile(10.0), optax.sgd(0.1)))
-    text = follow(by_design, 1 + np.arange(150) % 7).summary()
-    assert "clip_by_percentile: cut" in text and "too low?" not in text
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        og.clip_by_percentile(10.0),
+        og.clip_by_ema(0.9),
+        og.normalize_and_scale(0.1),
+        og.clip_by_max_ema(),
+    ],
+    ids=["percentile", "ema", "normalize", "max_ema"],
+)
+def test_rules_that_cut_by_design_are_not_questioned(clip):
+    tx = og.guard(optax.chain(clip, optax.sgd(0.1)))
+
+    @jax.jit
+    def run(sizes):
+        def body(state, size):
+            gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, size), PARAMS)
+            return tx.update(gradients, state, PARAMS)[1], None
+
+        return jax.lax.scan(body, tx.init(PARAMS), sizes)[0]
+
+    state = run(1.0 + jnp.arange(300) % 7)
+    history = og.History(params=PARAMS)
+    history.append(299, state)
+    (rate,) = (v for k, v in history.records[0].items() if k.endswith("recent_clip_rate"))
+    assert rate > 0.5
+    assert "too low?" not in history.summary()
+    assert og.explain(state, PARAMS) == "No step was skipped in 300 steps."
+
+
+def test_explain_names_the_clip_that_cuts_most_steps_and_what_to_try():
+    labels = {"dense": {"bias": "slow", "kernel": "fast"}}
+    part = [og.guard(optax.chain(og.clip_by_norm(s), optax.adam(0.1))) for s in (1e3, 1e-3)]
+    tx = optax.partition({"slow": part[0], "fast": part[1]}, labels)
+    run = jax.jit(
+        lambda s: jax.lax.fori_loop(0, 120, lambda _, s: tx.update(PARAMS, s, PARAMS)[1], s)
+    )
+    lines = og.explain(run(tx.init(PARAMS)), PARAMS).splitlines()
+    assert lines[:2] == [
+        f"Guard {key}: No step was skipped in 120 steps." for key in ("fast", "slow")
+    ]
+    (advice,) = lines[2:]
+    assert advice.startswith("fast/clip_by_norm cut 100% of the last 100 steps or so, to 0.0005")
+    assert "Try a threshold a few times that norm" in advice
 
 
 SUMMARY_SIZES = (0.1, 2.0, math.nan, 0.1, 3.0, 0.2)

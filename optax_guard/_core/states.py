@@ -179,7 +179,8 @@ class RuleState(PackedState, _RuleArrays):
       integers: int32 ``[2]``, packed.
       numbers: float32 ``[3]``, packed.
       history: what the rule remembers of each group, ``[rows, *groups]``, or one such array for
-        each leaf with scope "unit" or a callable; empty for a rule that remembers nothing.
+        each leaf with scope "unit" or a callable. A rule that remembers nothing has no array here:
+        ``()``, ``{"leaf": ()}`` or ``{"unit": ()}``, by its scope.
         Counts in it are kept as floats, exact up to 2**24, where they stay.
     """
 

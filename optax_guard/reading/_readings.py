@@ -10,15 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.find import factory_name, is_clip_state, own_states
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import RANGES
+from optax_guard.reading.clips import OF_UPDATES, scope_of
 from optax_guard.reading.find import Found, find_outer_guards, refuse_batched
 from optax_guard.reading.names import NamedLeaf, Row, gradient_leaves, guard_rows
 
 
 class Reading(NamedTuple):
-    """Numbers of one row; ``zeros`` is None if they were not counted."""
+    """Numbers of one row.
+
+    ``zeros`` is None if they were not counted; ``is_coarse`` if a norm of 0 may be a tiny one.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -26,6 +31,7 @@ class Reading(NamedTuple):
     param_norm: float
     zeros: float | None
     is_used: bool = True
+    is_coarse: bool = False
 
     @property
     def size(self) -> int:
@@ -56,7 +62,10 @@ def from_state(opt_state: Any, leaves: Sequence[NamedLeaf]) -> list[Reading] | N
             raise ValueError("The guard has seen no gradients yet. Pass the state after an update.")
         found: dict[str, list[Reading]] = {}
         for row, shape, norm, is_unused, param in zip(own.rows, own.shapes, *columns, strict=True):
-            reading = Reading(row.name, shape, float(norm), _norm(param), None, not is_unused)
+            used = not is_unused
+            reading = Reading(
+                row.name, shape, float(norm), _norm(param), None, used, own.are_coarse
+            )
             found.setdefault(row.leaf or row.name, []).append(reading)
         readings = found | readings  # of guards in a row only the first sees the gradients
     return [reading for name in params for reading in readings.get(name, ())]
@@ -70,11 +79,13 @@ class _Watched(NamedTuple):
       shapes: of each row.
       numbers: steps of the guard; for each row the norm, whether it is unused, and what
         ``_numbers`` gives for the parameter.
+      are_coarse: whether a norm below 1e-19 may read as 0.
     """
 
     rows: Sequence[Row]
     shapes: Sequence[tuple[int, ...]]
     numbers: tuple[Any, Any, Any, Sequence[jax.Array]]
+    are_coarse: bool
 
 
 def _watched_by(
@@ -91,7 +102,18 @@ def _watched_by(
     own = [params[row.leaf or row.name][row.layer] for row in known.rows]
     of_params = [_numbers(param) for param in own]
     numbers = (state.guard_step, state.leaf_norms, state.unused_leaves, of_params)
-    return _Watched(known.rows, [param.shape for param in own], numbers)
+    shapes = [param.shape for param in own]
+    return _Watched(known.rows, shapes, numbers, _shares_units(state.inner_state))
+
+
+def _shares_units(inner_state: Any) -> bool:
+    """Whether a guard shares the measurement of a clip by units, which is not looked at again.
+
+    A unit is often dead, and to read all gradients a second time for it would double their cost.
+    """
+    clips = [state for state in own_states(inner_state) if is_clip_state(state)]
+    seeing = [state for state in clips if factory_name(type(state)) not in OF_UPDATES]
+    return any(scope_of(state) == "unit" for state in seeing)
 
 
 def from_gradients(grads: Any, leaves: Sequence[NamedLeaf]) -> list[Reading]:

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from optax_guard._core.find import factory_name, is_clip_state
+from optax_guard.reading.clips import PARTS, advice, needs_a_word, scope_of, with_scope
 from optax_guard.reading.find import Found, find_states, refuse_batched
+from optax_guard.reading.metrics import label_of, places_of
 from optax_guard.reading.names import (
     Rows,
     condition_names,
@@ -20,15 +22,12 @@ from optax_guard.reading.names import (
     network_order,
 )
 from optax_guard.wrappers.guard_state import GuardState
-from optax_guard.wrappers.loss_scale import DynamicLossScaleState
+from optax_guard.wrappers.loss_scale import DynamicLossScaleState, guard_inside
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
 from optax_guard.wrappers.reasons import SkipReason
 from optax_guard.wrappers.rollback import RollbackState
 
 _MOST_LEAVES = 8
-_OFTEN, _FEWEST_STEPS = 0.5, 100
-# What cuts most steps as it should: one to a low percentile, the other its largest elements.
-_CUTS_BY_DESIGN = ("clip_by_percentile", "clip_by_max_ema")
 
 
 def rows_of(guard: Found, params: Any) -> Rows:
@@ -40,14 +39,14 @@ def describe_guard(guard: Found, params: Any) -> str:
     """The last fault of a guard: when, why and where."""
     state = jax.device_get(guard.state._replace(inner_state=()))
     refuse_batched("explain", state.guard_step)
-    steps, skipped = int(state.guard_step), int(state.skipped_total)
+    steps, skipped = calls_around(guard), int(state.skipped_total)
     unit = "windows of MultiSteps" if guard.multi_steps else "steps"
     if skipped == 0:
-        return _describe_health(guard, steps, unit)
+        return _describe_health(guard, unit)
     reason = SkipReason(int(state.last_fault_reason))
     name = "Window" if guard.multi_steps else "Step"
     lines = [
-        f"{name} {int(state.last_fault_step) - 1} was skipped: "
+        f"{name} {last_fault_of(guard)} was skipped: "
         f"{_in_words(reason, state)} (reason {int(reason)})."
     ]
     rows = rows_of(guard, params)
@@ -66,7 +65,33 @@ def describe_guard(guard: Found, params: Any) -> str:
     return "\n".join(lines)
 
 
-def _describe_health(guard: Found, steps: int, unit: str) -> str:
+def _loss_scale_around(guard: Found) -> DynamicLossScaleState | None:
+    """The outermost loss scale that hands its steps straight on to a guard.
+
+    It sees those too that it keeps from the guard, as the training loop does.
+    """
+    for place, state in enumerate(guard.around):
+        is_scale = isinstance(state, DynamicLossScaleState)
+        if is_scale and guard_inside(state.inner_state) is not None:
+            is_first = not any(isinstance(s, GuardState) for s in guard.around[place:])
+            return state if is_first else None
+    return None
+
+
+def calls_around(guard: Found) -> int:
+    """How many steps there were, as the training loop counts them."""
+    scale = _loss_scale_around(guard)
+    return int(guard.state.guard_step if scale is None else scale.steps)
+
+
+def last_fault_of(guard: Found) -> int:
+    """The number of the last skipped step, from 0 as in a loop over ``range()``."""
+    scale = _loss_scale_around(guard)
+    return int(guard.state.last_fault_step if scale is None else scale.last_skip_step) - 1
+
+
+def _describe_health(guard: Found, unit: str) -> str:
+    steps = int(guard.state.guard_step)
     sees_less = guard.multi_steps or any(
         isinstance(state, DynamicLossScaleState) and np.any(jax.device_get(state.overflows_total))
         for state in guard.around
@@ -139,7 +164,8 @@ def listing(labels: Sequence[str], chosen: Sequence[int] | np.ndarray) -> str:
 def describe_others(opt_state: Any, params: Any, *, has_guard: bool) -> list[str]:
     """A line for each state beside the guards that something happened to."""
     lines: list[str] = []
-    for found in find_states(opt_state):
+    states = find_states(opt_state)
+    for found, place in zip(states, places_of(states, ""), strict=True):
         state = found.state
         if isinstance(state, DynamicLossScaleState):
             lines += _overflows(state, has_guard)
@@ -149,7 +175,7 @@ def describe_others(opt_state: Any, params: Any, *, has_guard: bool) -> list[str
             total = int(jax.device_get(state.rollbacks_total))
             lines += [f"Returns to a snapshot so far: {total}."] * (total > 0)
         elif is_clip_state(state):
-            lines += _cuts_often(state)
+            lines += _cuts_often(found, label_of(place))
     return lines
 
 
@@ -183,18 +209,19 @@ def _left_out(found: Found, params: Any) -> list[str]:
     return lines + [f"Micro-batches left out so far: {total}."] * (total > 0)
 
 
-def _cuts_often(state: Any) -> list[str]:
+def _cuts_often(found: Found, label: str) -> list[str]:
     """Advice on a clip that cuts most steps."""
-    name = factory_name(type(state))
-    if not name.startswith("clip_by") or name in _CUTS_BY_DESIGN:
+    state, name = found.state, factory_name(type(found.state))
+    numbers = jax.device_get((state.steps, state.recent_clip_rate, state.recent_scale))
+    steps, rate, scale = map(np.asarray, numbers)
+    scope = scope_of(state)
+    if steps.ndim or not needs_a_word(name, scope, steps, rate, scale):
         return []
-    steps, rate, scale = map(
-        np.asarray, jax.device_get((state.steps, state.recent_clip_rate, state.recent_scale))
-    )
-    if steps.ndim or steps < _FEWEST_STEPS or rate <= _OFTEN:
-        return []
-    return [
-        f"{name} cut {rate:.0%} of the last steps or so, to {scale:.2g} of their length on "
-        "average: its limit is below the usual norm, or a learning rate that is too high keeps "
-        "the norms up. Try a lower learning rate, or a larger limit."
-    ]
+    guard = next((s for s in found.around[::-1] if isinstance(s, GuardState)), None)
+    sees_all = guard is not None and not found.is_masked
+    late = float(jax.device_get(guard.grad_norm)) if sees_all and scope == "global" else 0.0
+    late = late if math.isfinite(late) else 0.0
+    some = "" if scope == "global" else f"some {PARTS[scope]} in "
+    often = f"{with_scope(label, name, scope)} cut {some}{rate:.0%} of the last 100 steps or so"
+    mean = f"to {scale:.2g} of its length on average"
+    return [f"{often}, {mean}. {advice(name, scope, float(scale), late=late)}"]

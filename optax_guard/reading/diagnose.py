@@ -126,7 +126,8 @@ def diagnose(
       params: the parameters; with Flax NNX ``nnx.state(model, nnx.Param)``.
       exploding_ratio: in (0, inf].
       vanishing_ratio: in [0, exploding_ratio).
-      dead_fraction: in (0, 1]. A state does not count zeros: there a norm of 0 is dead.
+      dead_fraction: in (0, 1]. A state does not count zeros: there a norm of 0 is dead, but
+        vanishing beside a clip of scope "unit", which lets norms below 1e-19 read as 0.
 
     Returns:
       A :class:`Diagnosis`. Norms are right from 1e-37 to 3e38, and those of a state as
@@ -209,7 +210,7 @@ def _verdict(reading: Reading, median: float | None, limits: _Limits) -> str:
     if not reading.size:
         return "ok"
     if zeros >= limits.dead_fraction:
-        return "dead"
+        return "vanishing" if reading.is_coarse else "dead"
     own = reading.param_rms or median or 1.0
     is_weight = median is None or len(reading.shape) > 1
     usual = (median or 0.0) if is_weight else _USUAL_BIAS

@@ -13,6 +13,7 @@ from optax_guard._core.trees import inexact_leaves
 from optax_guard.reading.describe import (
     describe_guard,
     describe_others,
+    last_fault_of,
     listing,
     rows_of,
 )
@@ -24,6 +25,7 @@ from optax_guard.reading.find import (
     first_leaf,
     refuse_tracers,
 )
+from optax_guard.reading.metrics import label_of, places_of
 from optax_guard.reading.names import named_leaves, network_order
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
@@ -100,7 +102,7 @@ def check(opt_state: Any, params: Any = None) -> None:
     cause = f"{_describe_poison(poisoned)}\n" if poisoned else "The guard gave up. "
     raise GuardGaveUp(
         f"{cause}{member}{describe_guard(guard, params)}",
-        step=max(int(state.last_fault_step) - 1, 0),
+        step=max(last_fault_of(guard), 0),
         reason=int(state.last_fault_reason),
         leaves=tuple(bad) or poisoned,
     )
@@ -109,9 +111,9 @@ def check(opt_state: Any, params: Any = None) -> None:
 def explain(opt_state: Any, params: Any = None) -> str:
     """Describes the last skipped step: when, why, and which layers.
 
-    Steps count from 0, as in a loop over ``range()``, and all calls of the guard count. Inside
-    ``optax.MultiSteps`` it is called once a window, and inside :func:`dynamic_loss_scale` not for
-    gradients that overflowed. Of the layers that were still finite those next to the faulty ones
+    Steps count from 0, as in a loop over ``range()``, and all of them count, those included that a
+    :func:`dynamic_loss_scale` around the guard kept from it. Inside ``optax.MultiSteps`` windows
+    count. Of the layers that were still finite those next to the faulty ones
     come first: between the two is where the fault came in.
 
     Args:
@@ -154,7 +156,11 @@ def explain(opt_state: Any, params: Any = None) -> str:
         guards = find_guards(opt_state)
     texts = [describe_guard(guard, params) for guard in guards]
     if len(texts) > 1:
-        texts = [f"Guard {number}: {text}" for number, text in enumerate(texts, 1)]
+        names = [label_of(place) for place in places_of(guards, "")]
+        texts = [
+            f"Guard {name or number}: {text}"
+            for number, (name, text) in enumerate(zip(names, texts, strict=True), 1)
+        ]
     poisoned = map(_poisoned_leaves, find_multi_steps(opt_state))
     poisons = [_describe_poison(names) for names in poisoned if names]
     lines = [*poisons, *texts, *describe_others(opt_state, params, has_guard=bool(guards))]
@@ -191,11 +197,11 @@ def _pick_member(guard: Found, params: Any) -> tuple[Found, Any, str]:
     if not flags.ndim:
         return guard, params, ""
     member = tuple(map(int, np.unravel_index(np.argmax(flags), flags.shape)))
-    state = jax.tree.map(lambda leaf: leaf[member], guard.state)
+    state, around = jax.tree.map(lambda leaf: leaf[member], (guard.state, guard.around))
 
     def pick(leaf):
         return leaf[member] if np.shape(leaf)[: flags.ndim] == flags.shape else leaf
 
     place = member[0] if flags.ndim == 1 else member
     text = f"Member {place} of the ensemble ({flags.sum()} of {flags.size} gave up): "
-    return guard._replace(state=state), jax.tree.map(pick, params), text
+    return guard._replace(state=state, around=around), jax.tree.map(pick, params), text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,20 +67,29 @@ def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
             "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state: "
             "og.metrics(opt_state)."
         )
-    result: dict[str, jax.Array] = {}
-    used: set[str] = set()
+    places = places_of(states, prefix)
+    return {
+        place + field: value
+        for place, found in zip(places, states, strict=True)
+        for field, value in _scalars(found.state)
+    }
+
+
+def places_of(states: Sequence[Found], prefix: str) -> list[str]:
+    """What :func:`metrics` puts before the fields of each of all states, as found."""
+    places: list[str] = []
     for found in states:
-        place = prefix + "".join(f"{part}/" for part in _parts(found))
-        place = next(name for name in _numbered(place) if name not in used)
-        used.add(place)
-        for field, value in _scalars(found.state):
-            result[place + field] = value
-    return result
+        is_guard = isinstance(found.state, GuardState)
+        parts = found.keys if is_guard else (*found.keys, factory_name(type(found.state)))
+        place = prefix + "".join(f"{part}/" for part in parts)
+        places.append(next(name for name in _numbered(place) if name not in places))
+    return places
 
 
-def _parts(found: Found) -> tuple[str, ...]:
-    is_guard = isinstance(found.state, GuardState)
-    return found.keys if is_guard else (*found.keys, factory_name(type(found.state)))
+def label_of(place: str) -> str:
+    """``"embed/clip_by_norm 2"`` for ``"embed/clip_by_norm/2/"``, the second of a kind."""
+    head, _, number = place.rstrip("/").rpartition("/")
+    return f"{head} {number}" if head and number.isdigit() else f"{head}/{number}".lstrip("/")
 
 
 def _numbered(place: str) -> Iterator[str]:

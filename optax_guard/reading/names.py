@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def guard_rows(guard: Found, leaves: Sequence[NamedLeaf] | None) -> Rows:
 
     Args:
       guard: a guard state.
-      leaves: those of all parameters, or None.
+      leaves: those of all parameters, or None; of an ensemble with or without its axis.
 
     Raises:
       ValueError: if the guard watches other leaves and no mask is the reason.
@@ -91,8 +92,9 @@ def guard_rows(guard: Found, leaves: Sequence[NamedLeaf] | None) -> Rows:
     candidates = [leaves]
     if guard.is_masked:
         candidates.insert(0, _within(guard.state.inner_state, leaves))
-    for watched in candidates:
-        rows = _match(guard.state, watched, count)
+    batch = np.ndim(guard.state.guard_step)
+    for watched, axes in itertools.product(candidates, {batch: (), 0: ()}):
+        rows = _match(guard.state, watched, count, axes)
         if rows is not None:
             return Rows(rows, are_known=True)
     if guard.is_masked:
@@ -110,9 +112,11 @@ def num_rows(state: GuardState) -> int:
     return np.shape(state.leaf_norms)[-1]
 
 
-def _match(state: GuardState, leaves: Sequence[NamedLeaf], count: int) -> tuple[Row, ...] | None:
-    """The rows of these leaves if there are ``count`` of them, else None."""
-    depths, batch = state.stack_depths, np.ndim(state.guard_step)
+def _match(
+    state: GuardState, leaves: Sequence[NamedLeaf], count: int, batch: int
+) -> tuple[Row, ...] | None:
+    """The rows of these leaves, behind ``batch`` axes, if there are ``count`` of them."""
+    depths = state.stack_depths
     rows: list[Row] = []
     for index, (name, leaf) in enumerate(leaves):
         layers = jnp.shape(leaf)[batch:][: depths.get(index, 0)]
@@ -142,11 +146,11 @@ def network_order(names: Sequence[str]) -> np.ndarray:
     """Indices that list names as a network has its layers: ``Dense_2`` before ``Dense_10``.
 
     JAX sorts the keys of a dict as text. Names that differ in their numbers only are sorted by
-    these; all others stay in order.
+    these; all others stay in order. Of stacked layers all arrays of the first come first.
     """
     ranks: dict[tuple[str, str], int] = {}
     keys = []
-    for name in names:
+    for name in unrolled(names):
         key, parent = [], ""
         for part in name.split("/"):
             stem = re.sub(r"\d+", "#", part)
@@ -155,6 +159,40 @@ def network_order(names: Sequence[str]) -> np.ndarray:
             parent += "/" + part
         keys.append(key)
     return np.array(sorted(range(len(names)), key=keys.__getitem__), dtype=int)
+
+
+def unrolled(names: Sequence[str]) -> list[str]:
+    """Names with the number of a stacked layer where it has one in a network without a stack.
+
+    ``"layers/mlp/kernel[3]"`` becomes ``"layers[3]/mlp/kernel"``: the number goes to the outermost
+    part below which all is stacked, in as many layers.
+    """
+    split = [_STACKED.fullmatch(name) for name in names]
+    parts = [found["path"].split("/") for found in split if found]
+    kinds: dict[str, set[Any]] = {}  # below each part, of how many layers, or None
+    last = {found["path"]: found["layer"] for found in split if found}
+    for name, found in zip(names, split, strict=True):
+        path = found["path"] if found else name
+        for end in range(len(path.split("/"))):
+            above = "/".join(path.split("/")[:end])
+            kinds.setdefault(above, set()).add(last.get(path))
+    lowest = int(min(map(len, parts), default=0) > 1)
+    return [
+        _unrolled(found["path"].split("/"), found["layer"], kinds, lowest) if found else name
+        for name, found in zip(names, split, strict=True)
+    ]
+
+
+_STACKED = re.compile(r"(?P<path>.*[^\]])(?P<layer>(\[\d+\])+)")
+
+
+def _unrolled(parts: Sequence[str], layer: str, kinds: Mapping[str, set[Any]], lowest: int) -> str:
+    for depth in range(lowest, len(parts)):
+        above = kinds["/".join(parts[:depth])]
+        if len(above) == 1:
+            head = "/".join(parts[:depth])
+            return "/".join([head + layer, *parts[depth:]])
+    return "/".join(parts) + layer
 
 
 def _is_flax_box(node: Any) -> bool:

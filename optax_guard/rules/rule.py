@@ -30,6 +30,7 @@ from optax_guard._core.transformation import require_params, require_state, tran
 from optax_guard._core.trees import FloatLeaves, float_leaves
 from optax_guard.rules._packing import pack, unpack_all
 
+_SCOPES = {"leaf": "leaf", "each": "unit"}
 _SMALL_NORM = 1e-9  # measured without the second read, norms down to here are right
 
 
@@ -155,12 +156,14 @@ def limit_norms(
 
     def init(params):
         groups = groups_of(float_leaves(params))
+        nothing: Any = () if groups.kind == "global" else {_SCOPES[groups.kind]: ()}
         if groups.kind != "each":
-            return start_counting(state_type, pack(rule.init(groups.blocks[0]), groups.blocks[0]))
-        if _is_placeholder(params):
-            return start_counting(state_type, jnp.zeros(()))
-        histories = tuple(pack(rule.init(block), block) for block in groups.blocks)
-        return start_counting(state_type, histories if jax.tree.leaves(histories) else ())
+            history = pack(rule.init(groups.blocks[0]), groups.blocks[0])
+        elif _is_placeholder(params):
+            history = jnp.zeros(())
+        else:
+            history = tuple(pack(rule.init(block), block) for block in groups.blocks)
+        return start_counting(state_type, history if jax.tree.leaves(history) else nothing)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -211,6 +214,8 @@ def _is_placeholder(params: Any) -> bool:
 
 def _num_histories(history: Any) -> int | None:
     """Number of leaves that ``init`` saw, where the state tells."""
+    if isinstance(history, dict):
+        return None
     if isinstance(history, tuple):
         return len(history) or None
     return history.shape[-1] if history.ndim > 1 else None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optax_guard.reading.clips import with_scope
+from optax_guard.reading.metrics import label_of
 from optax_guard.runlog.about import About
 from optax_guard.runlog.fetch import LEAF_NORMS, STEP, Record
 
@@ -41,8 +43,10 @@ class Clip(NamedTuple):
 
     Attributes:
       place: of its metrics.
-      label: such as ``"clip_by_norm"``, with its group and number if it has one.
+      label: such as ``"clip_by_norm"``, with its group and number if it has one, and its scope if
+        that is not the usual one.
       factory: its name.
+      scope: ``"global"``, ``"leaf"`` or ``"unit"``.
       steps: float64, finite ones so far.
       total: float64, steps in which it acted so far.
       acted: bool, whether it did since the record before.
@@ -54,6 +58,7 @@ class Clip(NamedTuple):
     place: str
     label: str
     factory: str
+    scope: str
     steps: np.ndarray
     total: np.ndarray
     acted: np.ndarray
@@ -70,12 +75,14 @@ class Happening(NamedTuple):
       label: of the state that counts it.
       happened: bool, whether it did since the record before.
       total: float64, so far.
+      calls: float64, steps that the state has counted so far; NaN where it counts none.
     """
 
     kind: str
     label: str
     happened: np.ndarray
     total: np.ndarray
+    calls: np.ndarray
 
 
 class Events(NamedTuple):
@@ -131,7 +138,9 @@ def find_events(records: Sequence[Record], about: About | None = None) -> Events
     guards = tuple(_guard(place, series) for place in fields if "skipped_in_a_row" in fields[place])
     now = _any([series(guard.place + "last_step_skipped") == 1 for guard in guards], len(steps))
     clips = tuple(
-        _clip(place, series, now) for place in fields if "recent_clip_rate" in fields[place]
+        _clip(place, about.scopes.get(place, "global"), series, now)
+        for place in fields
+        if "recent_clip_rate" in fields[place]
     )
     norm = guards[0].norm if len(guards) == 1 else series("grad_norm")
     return Events(
@@ -142,7 +151,7 @@ def find_events(records: Sequence[Record], about: About | None = None) -> Events
         happenings=tuple(_happenings(fields, series)),
         levels=_levels(fields, series),
         norm=norm,
-        received=_received(norm, now, [clip for clip in clips if clip.place in about.uniform]),
+        received=_received(norm, now, clips, about),
         threshold=series("threshold"),
     )
 
@@ -157,12 +166,6 @@ def _fields_of_places(records: Sequence[Record]) -> dict[str, set[str]]:
     return fields
 
 
-def _label(place: str) -> str:
-    """``"embed/clip_by_norm 2"`` for the second of a kind in a group."""
-    head, _, number = place.removeprefix(_PREFIX).rstrip("/").rpartition("/")
-    return f"{head} {number}" if head and number.isdigit() else f"{head}/{number}".lstrip("/")
-
-
 def _guard(place: str, series: Series) -> Guard:
     calls, total = series(place + "guard_step"), series(place + "skipped_total")
     is_fresh = has_risen(calls)
@@ -172,18 +175,22 @@ def _guard(place: str, series: Series) -> Guard:
     skipped = has_risen(total)
     skipped[:1] |= flag[:1]
     norm = np.where(is_fresh, series(place + "grad_norm"), np.nan)
-    return Guard(place, _label(place), calls, total, skipped, is_fresh, norm)
+    return Guard(
+        place, label_of(place.removeprefix(_PREFIX)), calls, total, skipped, is_fresh, norm
+    )
 
 
-def _clip(place: str, series: Series, skipped_now: np.ndarray) -> Clip:
+def _clip(place: str, scope: str, series: Series, skipped_now: np.ndarray) -> Clip:
     total, scale = series(place + "clipped_total"), series(place + "last_scale")
     acted = has_risen(total)
     acted[:1] |= (scale[:1] != 1) & (total[:1] > 0) & ~skipped_now[:1]
     factory = [part for part in place.split("/") if part and not part.isdigit()][-1]
+    label = label_of(place.removeprefix(_PREFIX))
     return Clip(
         place,
-        _label(place),
+        with_scope(label, factory, scope),
         factory,
+        scope,
         series(place + "steps"),
         total,
         acted,
@@ -193,13 +200,23 @@ def _clip(place: str, series: Series, skipped_now: np.ndarray) -> Clip:
     )
 
 
-def _received(norm: np.ndarray, skipped: np.ndarray, clips: Sequence[Clip]) -> np.ndarray:
-    """What came out of the clips, in steps that were not skipped."""
-    if not any(np.any(clip.scale != 1) for clip in clips):
+def _received(
+    norm: np.ndarray, skipped: np.ndarray, clips: Sequence[Clip], about: About
+) -> np.ndarray:
+    """What came out of the clips, in steps that were not skipped.
+
+    Where parts of a gradient were cut by factors of their own nobody has measured it.
+    """
+    uniform = [clip.scale for clip in clips if clip.place in about.uniform]
+    partial = [clip.scale for clip in clips if clip.place in about.partial]
+    if not any(np.any(scale != 1) for scale in uniform):
         return np.full(len(norm), np.nan)
+    is_unknown = skipped | _any(
+        [np.nan_to_num(scale, nan=1.0) != 1 for scale in partial], len(norm)
+    )
     with np.errstate(over="ignore", invalid="ignore"):
-        factor = np.prod([np.nan_to_num(clip.scale, nan=1.0) for clip in clips], axis=0)
-        return np.where(skipped, np.nan, norm * factor)
+        factor = np.prod([np.nan_to_num(scale, nan=1.0) for scale in uniform], axis=0)
+        return np.where(is_unknown, np.nan, norm * factor)
 
 
 def _happenings(fields: dict[str, set[str]], series: Series) -> list[Happening]:
@@ -211,21 +228,23 @@ def _happenings(fields: dict[str, set[str]], series: Series) -> list[Happening]:
     )
     found = []
     for place, names in fields.items():
+        label, calls = label_of(place.removeprefix(_PREFIX)), series(place + "steps")
         for kind, total_name, flag_name in kinds:
             if total_name in names:
                 total, flag = series(place + total_name), series(place + flag_name) == 1
                 happened = has_risen(total)
                 happened[:1] |= flag[:1]
-                found.append(Happening(kind, _label(place), happened, total))
+                found.append(Happening(kind, label, happened, total, calls))
         if "steps_left" in names:  # rises with every skip
             happened = has_risen(series(place + "steps_left"))
-            found.append(Happening("back-off", _label(place), happened, np.cumsum(happened) * 1.0))
+            total = np.cumsum(happened) * 1.0
+            found.append(Happening("back-off", label, happened, total, calls))
         if "microbatch_skipped" in names:
             happened = series(place + "microbatch_skipped") == 1
             counted = [name for name in names if name.endswith("_total")]
             total = series(place + counted[0]) if counted else np.cumsum(happened) * 1.0
             happened = happened | has_risen(total)
-            found.append(Happening("micro-batch", _label(place), happened, total))
+            found.append(Happening("micro-batch", label, happened, total, calls))
     return found
 
 

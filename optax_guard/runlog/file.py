@@ -137,10 +137,11 @@ def _pop_about(record: Record, before: About) -> About:
     if names is None and rest is None:
         return before
     found = {key: value for key, value in (rest or {}).items() if key in About._fields}
-    conditions = found.pop("conditions", {})
+    conditions, scopes = found.pop("conditions", {}), found.pop("scopes", {})
     return About()._replace(
         leaf_names=tuple(names or ()),
         conditions={place: tuple(value) for place, value in conditions.items()},
+        scopes=dict(scopes),
         **{key: tuple(value) for key, value in found.items()},
     )
 

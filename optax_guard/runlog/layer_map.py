@@ -10,6 +10,7 @@ from optax_guard.runlog.layers import Band
 from optax_guard.runlog.style import GREY, VERMILION, plain
 
 _MOST_COLUMNS = 600  # there are no more pixels
+_BAR_WIDTH = 0.16  # inches
 
 
 def draw_map(figure: Any, axis: Any, steps: np.ndarray, norms: Any, bands: list[Band]) -> None:
@@ -35,10 +36,11 @@ def draw_map(figure: Any, axis: Any, steps: np.ndarray, norms: Any, bands: list[
         axis.pcolormesh(edges, lines, bad, cmap=ListedColormap([VERMILION]), rasterized=True)
     _draw_key(axis, is_bad, (data == 0) & ~is_missing)
     folded = any(len(band.rows) > 1 for band in bands)
-    title = "gradient norm of each layer" + (", of several (how many) the largest" * folded)
+    title = "gradient norm of each layer" + ("; of a group (how many) the largest" * folded)
     axis.set_title(title, loc="left")
     _label(axis, bands, np.asarray(is_bad.any(axis=0)))
-    bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=12)
+    # As wide in a high picture as in a low one.
+    bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=0.2 * len(bands) / _BAR_WIDTH + 4)
     plain(bar.ax.yaxis)
 
 

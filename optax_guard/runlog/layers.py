@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from optax_guard.reading.names import network_order
+from optax_guard.reading.names import network_order, unrolled
 
 _MOST_FAULTY = 8  # that get a line of their own among folded ones
 
@@ -51,7 +51,8 @@ def arrange(
         labels = shorten([names[row] for row in rows], longest)
         return [Band(label, (row,)) for label, row in zip(labels, rows, strict=True)]
     alone = set(faulty) if len(set(faulty)) <= _MOST_FAULTY else set()
-    groups = _fold([names[row] for row in rows], most)
+    titles = unrolled(names)
+    groups = _fold([titles[row] for row in rows], most)
     bands: list[tuple[str, tuple[int, ...]]] = []
     for title, places in groups:
         inside = [rows[place] for place in places]

@@ -34,6 +34,7 @@ _WIDTH, _DPI = 8.0, 110  # 880 pixels
 _MOST_LINES, _LONGEST_LABEL = 40, 30
 _CLIPS = (GREEN, SKY, BLUE, GREY)  # as many have a row of marks of their own
 _BLACK = "#222222"
+_ABOVE_GRID = 1.6  # and below the lines
 
 Panel = tuple[float, Callable[[Any], None]]  # height in inches, and what draws it
 
@@ -124,7 +125,7 @@ def _level_panel(name: str, values: np.ndarray, events: Events) -> Callable[[Any
         axis.step(events.steps[known], values[known], where="post", color=GREY, linewidth=1)
         base = 2 if name == "loss scale" else 10
         axis.set_yscale("log", base=base)
-        plain(axis.yaxis, base=base)
+        plain(axis.yaxis, base=base, most=3)
         axis.set_ylabel(name)
         axis.grid(True)
 
@@ -157,7 +158,8 @@ def _draw_norms(axis: Any, events: Events) -> None:
     axis.grid(True)
     labels = axis.get_legend_handles_labels()[1]
     if labels:
-        place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.06), "borderaxespad": 0.2}
+        above = 1.1 if any(found.happened.any() for found in events.happenings) else 1.06
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.01, above), "borderaxespad": 0.2}
         axis.legend(ncols=legend_columns(labels), **place)
 
 
@@ -179,8 +181,8 @@ def _norm_lines(events: Events) -> list[tuple[np.ndarray, np.ndarray, str, dict[
     else:
         add(events.norm, "gradient norm", BLUE, guard=only)
     if events.clipped.any():
-        add(_where_cut(events), cut, ORANGE, guard=only, zorder=1.8)
-    add(events.threshold, "threshold", ORANGE, linestyle="--", marker=None)
+        add(_where_cut(events), cut, ORANGE, guard=only, zorder=2.1, **_points_if_few(events))
+    add(events.threshold, "threshold", _BLACK, linestyle="--", marker=None, zorder=2.2)
     return lines
 
 
@@ -191,6 +193,12 @@ def _where_cut(events: Events) -> np.ndarray:
     near[1:] |= is_cut[:-1]
     near[:-1] |= is_cut[1:]
     return np.where(near, events.received, np.nan)
+
+
+def _points_if_few(events: Events) -> dict[str, Any]:
+    """A cut of a single step is hardly a line."""
+    cut = np.flatnonzero(np.isfinite(events.received) & (events.received != events.norm))
+    return {"marker": "o", "markersize": 2.5, "markevery": cut.tolist()} if cut.size <= 40 else {}
 
 
 def _draw_marks(axis: Any, events: Events) -> None:
@@ -207,7 +215,7 @@ def _draw_marks(axis: Any, events: Events) -> None:
     totals = sum(total_of(guard.skipped_total, events) for guard in events.guards)
     mark(events.skipped, 1.03, f"skipped ({totals})", color=VERMILION, marker="v", markersize=5)
     for step in events.steps[events.skipped] if events.skipped.sum() <= 100 else ():
-        axis.axvline(step, color=VERMILION, linewidth=0.6, alpha=0.5, zorder=0)
+        axis.axvline(step, color=VERMILION, linewidth=0.6, alpha=0.5, zorder=_ABOVE_GRID)
     others = (
         ("overflow", "overflow of the loss scale", {"color": PURPLE, "marker": "^"}),
         ("micro-batch", "micro-batch left out", {"color": SKY, "marker": "D", "markersize": 3.5}),
@@ -217,7 +225,7 @@ def _draw_marks(axis: Any, events: Events) -> None:
     for kind, words, style in others:
         for happening in events.has(kind):
             label = f"{words} ({total_of(happening.total, events)})"
-            mark(happening.happened, 1.03, label, **{"markersize": 5, **style})
+            mark(happening.happened, 1.08, label, **{"markersize": 5, **style})
     for happening in events.has("rollback"):
         for step in events.steps[happening.happened]:
-            axis.axvline(step, color=_BLACK, linewidth=0.8, linestyle=":", zorder=0)
+            axis.axvline(step, color=_BLACK, linewidth=0.8, linestyle=":", zorder=_ABOVE_GRID)

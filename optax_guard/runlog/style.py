@@ -24,15 +24,19 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plain(axis: Any, *, base: int = 10) -> None:
-    """Numbers as one would write them, on an axis with a logarithmic scale."""
+def plain(axis: Any, *, base: int = 10, most: int = 8) -> None:
+    """Numbers as one would write them, at most about so many, on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = sorted(axis.get_view_interval())
-    decades = np.log10(high / low) if 0 < low < high else 1.0
-    if base == 10 and decades < 2.5:
-        few = MaxNLocator(5) if decades < 0.7 else LogLocator(subs=(1, 2, 5), numticks=12)
-        axis.set_major_locator(few)
+    powers = np.log(high / low) / np.log(base) if 0 < low < high else 1.0
+    if base == 10 and powers < 0.7:
+        axis.set_major_locator(MaxNLocator(min(5, most)))
+    elif base == 10 and 3 * powers < most:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    else:
+        axis.set_major_locator(LogLocator(base, numticks=most))
+    if most < 8 or powers < 2.5:
         axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _written(value)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from optax_guard.reading.clips import PARTS, advice, needs_a_word
 from optax_guard.runlog.about import About
 from optax_guard.runlog.events import Clip, Events, Guard, Happening, total_of
 from optax_guard.runlog.fetch import FAULT_LEAVES, Record
@@ -16,17 +17,6 @@ from optax_guard.wrappers.reasons import SkipReason
 
 _MOST_EVENTS, _MOST_NAMES = 5, 3
 _WINDOWS = "windows of MultiSteps"
-_OFTEN, _FEWEST_STEPS = 0.5, 100
-# Cut or set most norms as they should.
-_BY_DESIGN = (
-    "clip_by_percentile",
-    "clip_by_max_ema",
-    "clip_by_ema",
-    "normalize_and_scale",
-    "normalize_by_ema_norm",
-    "clip_params",
-    "clip_params_by_norm",
-)
 
 
 def say_events(events: Events, about: About) -> list[str]:
@@ -43,18 +33,10 @@ def say_events(events: Events, about: About) -> list[str]:
 
 
 def count_steps(events: Events, about: About) -> int:
-    """How many steps there were, those included that a guard inside did not see.
-
-    No counter tells where a loss scale keeps overflows from the guard and hands some on to it;
-    then the numbers of the steps do, between the bounds that the counters set.
-    """
-    outer = [guard for guard in events.guards if guard.place not in about.windows]
-    calls = max((total_of(guard.calls, events) for guard in outer), default=0)
-    overflows = max((total_of(found.total, events) for found in events.has("overflow")), default=0)
-    counters = [guard.calls for guard in outer] + [found.total for found in events.has("overflow")]
-    at_first = max((int(np.nan_to_num(counter[0])) for counter in counters), default=1)
-    span = int(events.steps[-1] - events.steps[0]) + max(at_first, 1)
-    return int(np.clip(span, max(calls, overflows), calls + overflows if outer else math.inf))
+    """How many steps there were, those included that were not recorded."""
+    outer = [guard.calls for guard in events.guards if guard.place not in about.windows]
+    scales = [found.calls for found in events.has("overflow")]
+    return max((total_of(calls, events) for calls in (*outer, *scales)), default=0)
 
 
 def _of_group(label: str) -> str:
@@ -166,32 +148,21 @@ def _say_clip(clip: Clip, events: Events, about: About, steps: int) -> list[str]
     last = np.flatnonzero(np.isfinite(clip.recent_rate))[-1]  # records may be without a state
     rate, scale = float(clip.recent_rate[last]), float(clip.recent_scale[last])
     verb = "scaled" if clip.factory.startswith("normalize") else "cut"
-    line = f"{clip.label}: {verb} {total} of {of_all} (recent {100 * rate:.0f} %)"
-    line += f", mean factor {scale:.2g}" if rate >= 0.005 else ""
-    if clip.factory in _BY_DESIGN or seen < _FEWEST_STEPS or rate <= _OFTEN:
+    some = "" if clip.scope == "global" else f" some {PARTS[clip.scope]} in"
+    line = f"{clip.label}: {verb}{some} {total} of {of_all} (recent {100 * rate:.0f} %)"
+    mean = "mean factor" if clip.scope == "global" else "smallest factor on average"
+    line += f", {mean} {scale:.2g}" if rate >= 0.005 else ""
+    if not needs_a_word(clip.factory, clip.scope, seen, rate, scale):
         return [line]
-    advice = textwrap.wrap(_advice(clip, events, scale), 96)
-    return [f"{line}: is the threshold too low?", *(f"  {words}" for words in advice)]
+    words = advice(clip.factory, clip.scope, scale, *_early_and_late(events))
+    lines = (f"  {part}" for part in textwrap.wrap(words, 96))
+    return [f"{line}: is the threshold too low?", *lines]
 
 
-def _advice(clip: Clip, events: Events, scale: float) -> str:
-    """The likely cause of a clip that cuts most steps, and what to try."""
+def _early_and_late(events: Events) -> tuple[float, float]:
+    """The usual norm in the first and in the last tenth of the records; 0 if it is not known."""
     norm = events.norm[np.isfinite(events.norm)]
     part = max(len(norm) // 10, 1)
-    early, late = (np.median(norm[:part]), np.median(norm[-part:])) if norm.size else (0.0, 0.0)
-    if clip.factory == "clip_by_update_ratio":
-        return (
-            "Most steps would have changed the weights by more than max_ratio of them: the "
-            f"learning rate is too high. Try {scale:.1g} times it, or a warm-up."
-        )
-    if late > 3 * early > 0:
-        return (
-            f"The gradient norm has grown from about {early:.2g} to {late:.2g}: the learning rate "
-            "is likely too high. Try a third of it, or a warm-up; the threshold only hides it."
-        )
-    usual = f" (recent gradients had a norm of about {late:.2g})" if late > 0 else ""
-    return (
-        f"The threshold lies below the usual norm{usual}, so it, and not the gradient, sets the "
-        "length of most steps. Try a threshold a few times that norm, or og.stabilize's own clip; "
-        "if the loss is unstable then, a lower learning rate."
-    )
+    if not norm.size:
+        return 0.0, 0.0
+    return float(np.median(norm[:part])), float(np.median(norm[-part:]))

@@ -90,7 +90,8 @@ def guard(
         many leading axes (``lax.scan``, ``nn.scan``, pipeline stages). Their norms are kept, and
         faults named, layer by layer: ``layers/kernel[3]``. None: none does.
       notify: ``(step, reason, names of the non-finite rows) -> None``, called on the host at a
-        skip, for trainers that hide the optimizer's state. A healthy step calls nothing.
+        skip, for trainers that hide the optimizer's state. Steps count from 0, as in
+        :func:`explain`. A healthy step calls nothing and waits for nothing.
       axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
         all devices then take the same decision, in one all-reduce. Reason 16 is then looked for
         where gradients are non-finite, and on all devices in the step after. Not needed under
@@ -107,6 +108,18 @@ def guard(
         :func:`dynamic_loss_scale`, :func:`backoff` or :func:`rollback`.
       TypeError: if an argument has the wrong type, or, from ``update``, if ``inner`` changes
         structure or shapes of its state.
+
+    Trainers that own the loop (NumPyro, Flowjax, ...) take the guarded optimizer and never give its
+    state out; ``notify`` is heard all the same::
+
+        def notify(step, reason, names):
+            print(f"step {step} skipped: {reason.words} {names}")
+
+        tx = og.guard(optax.adam(1e-3), notify=notify)
+        numpyro.infer.SVI(model, guide, numpyro.optim.optax_to_numpyro(tx), loss)
+        flowjax.train.fit_to_data(key, flow, data, optimizer=tx)
+
+    What a callback raises may end the run or not, as the backend has it; let it write, not raise.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -311,7 +324,7 @@ def _notify(
         state.last_step_skipped & is_mine,
         lambda *numbers: jax.debug.callback(call, *numbers),
         lambda *numbers: None,
-        state.guard_step,
+        state.guard_step - 1,  # counted from 0, as in ``explain``
         state.skip_reason,
         state.last_fault_leaves,
     )

@@ -38,7 +38,7 @@ class _LossScaleArrays(NamedTuple):
 
 
 class DynamicLossScaleState(PackedState, _LossScaleArrays):
-    """State of :func:`dynamic_loss_scale`: that of the wrapped optimizer, and 20 bytes.
+    """State of :func:`dynamic_loss_scale`: that of the wrapped optimizer, and 28 bytes.
 
     Attributes:
       inner_state: state of the wrapped optimizer.
@@ -51,6 +51,10 @@ class DynamicLossScaleState(PackedState, _LossScaleArrays):
     overflows_total = Entry("integers", "int32, steps whose gradients overflowed")
     overflows_in_a_row = Entry("integers", "int32")
     last_step_overflowed = flag("integers", "bool")
+    steps = Entry("integers", "int32, calls so far, those included that overflowed")
+    last_skip_step = Entry(
+        "integers", "int32, ``steps`` at the last skip of the guard inside; 0: none yet"
+    )
     loss_scale = Entry("numbers", "float32, what the next loss is to be multiplied by")
 
 
@@ -155,6 +159,8 @@ def dynamic_loss_scale(
             overflows_total=0,
             overflows_in_a_row=0,
             last_step_overflowed=False,
+            steps=0,
+            last_skip_step=0,
             loss_scale=jnp.asarray(initial_scale, jnp.float32),
         )
 
@@ -182,12 +188,17 @@ def dynamic_loss_scale(
         smaller = jnp.maximum(state.loss_scale / factor, min_scale)
         scale = jnp.where(has_grown, larger, jnp.where(has_overflowed, smaller, state.loss_scale))
         total, in_a_row = state.overflows_total, state.overflows_in_a_row
+        step = increment(state.steps)
+        guard = guard_inside(inner_state)
+        has_skipped = is_for_inner & (False if guard is None else guard.last_step_skipped)
         return DynamicLossScaleState.pack(
             inner_state=inner_state,
             good_steps=jnp.where(has_overflowed | has_grown, 0, good_steps),
             overflows_total=jnp.where(has_overflowed, increment(total), total),
             overflows_in_a_row=jnp.where(has_overflowed, increment(in_a_row), 0),
             last_step_overflowed=has_overflowed,
+            steps=step,
+            last_skip_step=jnp.where(has_skipped, step, state.last_skip_step),
             loss_scale=scale.astype(jnp.float32),
         )
 
@@ -237,7 +248,7 @@ def _judge(
     """
     is_finite = jnp.all(reading.leaf_finite)
     is_for_inner = is_finite
-    if _is_guarded(state.inner_state):
+    if guard_inside(state.inner_state) is not None:
         is_for_inner |= state.loss_scale <= min_scale
         if value is not None:
             is_for_inner |= axes.any(~jnp.isfinite(jnp.asarray(value)).all())
@@ -257,13 +268,13 @@ def _check_bounds(min_scale: Any, initial_scale: Any, max_scale: Any) -> None:
         )
 
 
-def _is_guarded(state: Any) -> bool:
-    """Whether every bad step that is handed on to this state meets a guard first."""
+def guard_inside(state: Any) -> GuardState | None:
+    """The guard that every bad step that is handed on to this state meets first."""
     while is_wrapper_state(state):
         if isinstance(state, GuardState):
-            return True
+            return state
         state = state.inner_state
-    return False
+    return None
 
 
 def _widen(tree: Any) -> Any:

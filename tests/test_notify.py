@@ -1,0 +1,102 @@
+"""notify: the host is called at a skip and at no other time, wherever the step runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+import optax_guard as og
+
+PARAMS = {"layers": jnp.ones((3, 2)), "out": jnp.ones(8)}
+BAD = PARAMS | {"layers": PARAMS["layers"].at[2, 0].set(jnp.nan)}
+
+
+def listening(**options: Any) -> tuple[Any, list[tuple[Any, ...]]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def notify(step, reason, names):
+        calls.append((step, reason, names))
+
+    tx = og.guard(optax.sgd(0.1), notify=notify, **options)
+    return tx, calls
+
+
+def test_a_skip_calls_with_the_step_the_reason_and_the_layers():
+    tx, calls = listening(stacked=lambda path, _: path == "layers")
+    update = jax.jit(tx.update)
+    _, state = update(PARAMS, tx.init(PARAMS))
+    _, state = update(BAD, state)
+    _, state = update(PARAMS, state)
+    jax.effects_barrier()
+    assert calls == [(1, og.SkipReason.GRADIENT, ("layers[2]",))]
+    assert f"Step {calls[0][0]} was skipped" in og.explain(state, PARAMS)
+
+
+def test_each_skip_in_a_scan_calls_once_in_order():
+    tx, calls = listening()
+    steps = jax.tree.map(lambda *leaves: jnp.stack(leaves), BAD, PARAMS, BAD, PARAMS)
+
+    @jax.jit
+    def run(gradients):
+        return jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(PARAMS), gradients)[0]
+
+    run(steps)
+    jax.effects_barrier()
+    assert sorted(call[0] for call in calls) == [0, 2]
+
+
+def test_of_an_ensemble_only_members_that_skip_call():
+    tx, calls = listening()
+    members = jax.tree.map(lambda *leaves: jnp.stack(leaves), PARAMS, BAD, PARAMS)
+    state = jax.vmap(tx.init)(members)
+    jax.jit(jax.vmap(tx.update))(members, state)
+    jax.effects_barrier()
+    assert calls == [(0, og.SkipReason.GRADIENT, ("layers",))]
+
+
+def test_of_many_devices_one_calls():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"layers": P(), "out": P("x")}
+    bad = PARAMS | {"out": PARAMS["out"].at[5].set(jnp.inf)}
+    for options in ({}, {"axis_name": "x"}):
+        tx, calls = listening(**options)
+
+        def step(gradients, tx=tx):
+            return tx.update(gradients, tx.init(gradients))[1].skipped_total
+
+        if options:
+            step = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=P())
+        sharding = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+        assert int(jax.jit(step)(jax.device_put(bad, sharding))) == 1
+        jax.effects_barrier()
+        assert calls == [(0, og.SkipReason.GRADIENT, ("out",))]
+
+
+def test_a_trainer_that_hides_its_state_is_told():
+    """As NumPyro, Flowjax and others: the loop and the state are the trainer's own."""
+
+    def trainer(tx, params, losses):
+        @jax.jit
+        def run(params, losses):
+            def body(carry, loss):
+                params, state = carry
+                gradients = jax.tree.map(lambda leaf: leaf * loss, params)
+                updates, state = tx.update(gradients, state, params)
+                return (optax.apply_updates(params, updates), state), loss
+
+            (params, _), losses = jax.lax.scan(body, (params, tx.init(params)), losses)
+            return params, losses
+
+        return run(params, losses)
+
+    tx, calls = listening()
+    params, _ = trainer(tx, PARAMS, jnp.array([0.1, math.nan, 0.1]))
+    jax.effects_barrier()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert calls == [(1, og.SkipReason.GRADIENT, ("layers", "out"))]
