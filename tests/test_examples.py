@@ -22,6 +22,7 @@ import _demo
 import batch_norm
 import char_rnn
 import clinic
+import first_nan
 import history_digits
 import linen_train_state
 import loops
@@ -103,6 +104,18 @@ def test_rnn_temporal_order_solves_short_sequences(tmp_path, capsys):
         assert not result.skipped.any()
     assert "2/2" in capsys.readouterr().out
     assert_is_small_png(path)
+
+
+def test_first_nan_names_the_layer_of_the_stack_in_words_page_and_dashboard(tmp_path, capsys):
+    source = Path(first_nan.__file__).read_text()
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 40
+    page = first_nan.main(tmp_path / "run").read_text()
+    output = capsys.readouterr().out
+    assert "step 20: gradients were not finite (blocks/kernel[3])" in output
+    assert "non-finite: blocks/kernel[3] (norm nan)" in output
+    assert "blocks/kernel[3]" in page and "data:image/png;base64" in page
+    (events,) = (tmp_path / "run").glob("*tfevents*")
+    assert b"layers/blocks/kernel_3_" in events.read_bytes()  # tensorboardX writes no brackets
 
 
 @pytest.mark.slow

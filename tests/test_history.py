@@ -29,9 +29,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 import optax_guard as og
 from optax_guard.runlog import events as _history_events
@@ -483,19 +482,11 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 
 def read_events(folder: Path) -> dict[tuple[str, int], float]:
-    """Scalars of a TensorBoard event file: length, checksum, message, checksum."""
-    (path,) = folder.glob("*tfevents*")
-    content, found = path.read_bytes(), {}
-    while content:
-        size = int.from_bytes(content[:8], "little")
-        message = content[12 : 12 + size]
-        checksum = int.from_bytes(content[12 + size : 16 + size], "little")
-        assert checksum == masked_crc32c(message)
-        content = content[16 + size :]
-        event = Event.FromString(message)
-        for value in event.summary.value:
-            found[value.tag, event.step] = value.simple_value
-    return found
+    """Scalars of a TensorBoard event file, as TensorBoard itself reads them."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    events = {name: accumulator.Scalars(name) for name in accumulator.Tags()["scalars"]}
+    return {(name, event.step): event.value for name, of in events.items() for event in of}
 
 
 def test_tensorboard_writer_gets_every_scalar(tmp_path):
