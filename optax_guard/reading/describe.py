@@ -215,11 +215,12 @@ def _cuts_often(found: Found, label: str) -> list[str]:
     numbers = jax.device_get((state.steps, state.recent_clip_rate, state.recent_scale))
     steps, rate, scale = map(np.asarray, numbers)
     scope = scope_of(state)
-    if steps.ndim or not needs_a_word(name, scope, steps, rate, scale):
+    if steps.ndim or not needs_a_word(name, scope, float(steps), float(rate), float(scale)):
         return []
     guard = next((s for s in found.around[::-1] if isinstance(s, GuardState)), None)
-    sees_all = guard is not None and not found.is_masked
-    late = float(jax.device_get(guard.grad_norm)) if sees_all and scope == "global" else 0.0
+    late = 0.0
+    if guard is not None and not found.is_masked and scope == "global":
+        late = float(jax.device_get(guard.grad_norm))
     late = late if math.isfinite(late) else 0.0
     some = "" if scope == "global" else f"some {PARTS[scope]} in "
     often = f"{with_scope(label, name, scope)} cut {some}{rate:.0%} of the last 100 steps or so"

@@ -138,7 +138,7 @@ def _draw_loss(axis: Any, events: Events) -> None:
     axis.plot(events.steps, finite(loss), color=GREY, linewidth=1, marker=marker(loss))
     if known.size and known.min() > 0 and known.max() > 20 * known.min():
         axis.set_yscale("log")
-        plain(axis.yaxis)
+        plain(axis.yaxis, most=4)
     axis.set_ylabel("loss")
     axis.grid(True)
 
