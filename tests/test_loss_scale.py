@@ -197,6 +197,8 @@ def test_metrics_and_step_ok_show_an_overflow():
         "guard/dynamic_loss_scale/overflows_total": 1,
         "guard/dynamic_loss_scale/overflows_in_a_row": 1,
         "guard/dynamic_loss_scale/last_step_overflowed": 1,
+        "guard/dynamic_loss_scale/steps": 1,
+        "guard/dynamic_loss_scale/last_skip_step": 0,
     }
     _, state = jax.jit(tx.update)(healthy(0), state, PARAMS)
     assert bool(og.step_ok(state))
