@@ -29,7 +29,6 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
 
 import optax_guard as og
@@ -483,6 +482,8 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 def read_events(folder: Path) -> dict[tuple[str, int], float]:
     """Scalars of a TensorBoard event file, as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     events = {name: accumulator.Scalars(name) for name in accumulator.Tags()["scalars"]}
