@@ -233,21 +233,14 @@ def show(section: Section, folder: Path) -> str:
 
 
 def others(folder: Path) -> list[str]:
-    """Sections of cells that nothing above knows, a table for each benchmark.
-
-    Files without cells need a section of their own to be shown.
-    """
+    """Sections of cells that nothing above knows, a table for each benchmark."""
     known = [section.prefix for section in SECTIONS] + ["accelerators"]
     by_benchmark: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.json")):
         if not any(_records.is_of_kind(path, prefix) for prefix in known):
             record = _records.load(path)
             by_benchmark.setdefault(record.data.get("benchmark", path.stem), []).append(record)
-    shown = [
-        _other(name, found)
-        for name, found in by_benchmark.items()
-        if all("cells" in record.data for record in found)
-    ]
+    shown = [_other(name, found) for name, found in by_benchmark.items()]
     return sorted(shown)
 
 

@@ -9,8 +9,32 @@ of the library at its defaults, from the same initial weights and on the same ba
 the mean over the seeds of the paired difference of test accuracy, in points of a per cent, with its
 standard error. Digits: 64-128-64-10, batch 64, 40 epochs. IDX folders (MNIST, Fashion-MNIST):
 784-128-64-10 on the first 5000 images, batch 32, 4 epochs, tested on all 10,000. "adam" is
-Adam(0.002) and "lr/10" SGD(0.01), for comparison. What has come of it stands in
-`benchmarks/README.md`. Expected: guards and the default cost nothing that could be told from noise.
+Adam(0.002) and "lr/10" SGD(0.01), for comparison. Expected, for 10 seeds on CPU:
+
+                                        digits           mnist         fashion
+    none                               98.61 %         92.44 %         80.05 %
+    optax.apply_if_finite        +0.00 ± 0.00    +0.00 ± 0.00    +0.00 ± 0.00
+    optax.zero_nans+clip         -0.11 ± 0.06    -1.16 ± 0.08    -0.95 ± 0.57
+    optax.adaptive_grad_clip     -1.42 ± 0.12    -4.60 ± 0.15    -4.29 ± 0.58
+    og.stabilize                 -0.03 ± 0.03    -0.01 ± 0.04    -0.39 ± 0.34
+    clip_by_norm                 -0.11 ± 0.06    -1.16 ± 0.08    -0.95 ± 0.57
+    clip_by_rms                  +0.00 ± 0.00    +0.00 ± 0.00    +0.00 ± 0.00
+    clip_by_param_norm           -1.42 ± 0.12    -4.60 ± 0.15    -4.30 ± 0.58
+    clip_by_relative_change      +0.00 ± 0.04    -0.07 ± 0.04    -0.18 ± 0.24
+    clip_by_zscore               -0.06 ± 0.04    -0.03 ± 0.04    -0.18 ± 0.32
+    clip_by_zscore_capped        -0.11 ± 0.05    -1.16 ± 0.08    -0.99 ± 0.56
+    clip_by_percentile           -0.42 ± 0.13    -0.56 ± 0.08    -0.12 ± 0.45
+    clip_by_median               -0.06 ± 0.04    -0.02 ± 0.02    -0.06 ± 0.15
+    clip_by_ema                  -0.39 ± 0.11    -1.24 ± 0.07    -1.82 ± 0.56
+    clip_by_max_ema              -0.06 ± 0.06    -0.01 ± 0.02    -0.01 ± 0.25
+    clip_by_update_ratio         -0.03 ± 0.03    -0.01 ± 0.04    -0.39 ± 0.34
+    normalize_by_ema_norm        +0.06 ± 0.17    -1.12 ± 0.12    -0.95 ± 0.48
+    normalize_and_scale          -0.14 ± 0.20    -1.17 ± 0.08    -0.93 ± 0.55
+    normalize_and_scale_auto     -0.14 ± 0.13    -0.22 ± 0.09    -0.37 ± 0.47
+    normalize_and_scale_0.1      -4.11 ± 0.21    -9.37 ± 0.20    -9.31 ± 0.56
+    normalize_and_scale_0.01    -52.58 ± 2.19   -60.91 ± 1.30   -37.63 ± 1.81
+    adam                         +0.47 ± 0.12    +0.54 ± 0.22    +1.62 ± 0.62
+    lr/10                        -4.25 ± 0.21    -5.13 ± 0.15    -3.86 ± 0.64
 
 A negative number is what the rule takes from a run that was fine. Healthy gradients on MNIST are
 longer than 1, so that a limit of 1 slows training down; one point on digits is 3.6 of 360 images.

@@ -7,10 +7,10 @@ packed state holds is read by name: ``state.skipped_total``; see the entries of 
 from optax_guard._core.states import PackedState, RuleState, rule_state
 from optax_guard.rules.add_l1 import AddL1State
 from optax_guard.rules.zero_nonfinite import ZeroNonfiniteState
-from optax_guard.wrappers.backoff import BackoffState
-from optax_guard.wrappers.clip_by_update_ratio import (
+from optax_guard.wrappers._update_ratio import (
     ClipByUpdateRatioState as ClipByUpdateRatioState,
 )
+from optax_guard.wrappers.backoff import BackoffState
 from optax_guard.wrappers.conditions import SpikeState
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,13 +29,20 @@ from benchmarks import (
     _report,
     _rules,
     _setups,
+    _trials,
+    ablations,
     accelerators,
     alpha,
     collectives,
     end_to_end,
+    equivalences,
     faults,
+    fine_tuning,
     healthy,
     history_cost,
+    language_model,
+    lasting_rise,
+    odd_models,
     step_cost,
     summary,
 )
@@ -464,3 +472,96 @@ def test_summary_reads_the_results_that_come_with_the_repository(capsys):
     rows = summary.main([])
     assert {"none", "og.stabilize", "optax.zero_nans+clip"} <= {row["rule"] for row in rows}
     assert "clip_by_zscore_capped" in capsys.readouterr().out
+
+
+def test_trials_are_taken_up_where_they_were_left(tmp_path):
+    path, calls = tmp_path / "x.json", []
+
+    def run(value):
+        calls.append(value)
+        return np.array([value, np.nan, value + 2])
+
+    def cells_of(*rules, more=()):
+        made = _trials.parser("x", None, ("a", "b"), seeds=3)
+        arguments = _trials.parse(made, ["--json", str(path), *more])
+        trials = [_trials.Trial("a", rule, partial(run, i)) for i, rule in enumerate(rules)]
+        return _trials.run_trials("x", arguments, trials)
+
+    (first,) = cells_of("none")
+    known = {"value": 1.0, "low": 0.0, "high": 2.0, "dead": 1, "seeds": 3}
+    assert first == {"rule": "none", "case": "a", **known}
+    assert len(cells_of("none", "other")) == 2
+    assert calls == [0, 1]  # the first cell was there
+    assert [cell["rule"] for cell in json.loads(path.read_text())["cells"]] == ["none", "other"]
+    cells_of("none", more=["--seeds", "2"])  # cells of three seeds say nothing of two
+    cells_of("none", more=["--seeds", "2", "--fresh"])
+    assert calls == [0, 1, 0, 0]
+    assert "dead" in _trials.to_markdown(
+        [_trials.make_cell(_trials.Trial("a", "b", run), np.array([np.nan]))]
+    )
+
+
+def found_quickly(script: Any, folder: Any, *more: str) -> dict[tuple[str, str], dict[str, Any]]:
+    cells = run_for_cells(script, folder, *more)
+    assert all(cell["dead"] == 0 and cell["seeds"] == 2 for cell in cells)
+    return {(cell["case"], cell["rule"]): cell for cell in cells}
+
+
+def test_odd_models_train_as_bare(tmp_path, capsys):
+    found = found_quickly(odd_models, tmp_path)
+    for case in odd_models.QUICK_CASES:
+        bare, ours = (found[case, rule]["value"] for rule in ("none", "og.stabilize"))
+        assert ours <= bare * (1 + 1e-3) + 1e-6
+    assert "line, sgd 0.1" in capsys.readouterr().out
+    searching = odd_models.CASES["quadratic, polyak"]()
+    assert odd_models.only_guards(og.stabilize, searching)
+    assert not odd_models.only_guards(og.stabilize, odd_models.CASES["line, sgd 0.1"]())
+
+
+@pytest.mark.by_hand
+def test_accumulation_is_one_large_batch(tmp_path):
+    found = found_quickly(equivalences, tmp_path)
+    assert {case for case, _ in found} == {"MultiSteps, sgd", "MultiSteps, adam"}
+    assert max(cell["value"] for cell in found.values()) < 1e-3
+
+
+@pytest.mark.by_hand
+def test_fine_tuning_survives_one_bad_batch(tmp_path):
+    cells = fine_tuning.main(["--quick", "--json", str(tmp_path / "fine_tuning.json")])
+    found = {(cell["case"], cell["rule"]): cell for cell in cells}
+    assert found["rank 4, adam, one NaN batch", "none"]["dead"] == 2
+    for fault in fine_tuning.FAULTS:
+        assert found[f"rank 4, adam, {fault}", "og.stabilize"]["dead"] == 0
+
+
+@pytest.mark.by_hand
+def test_norms_that_rise_for_good_do_not_stop_the_default(tmp_path):
+    found = found_quickly(lasting_rise, tmp_path, "--cases", "second loss", "saddle")
+    for case in ("second loss", "saddle"):
+        bare, ours = (found[case, rule]["value"] for rule in ("none", "og.stabilize"))
+        assert ours <= 2 * bare
+
+
+@pytest.mark.by_hand
+def test_language_model_is_trained_at_every_rate_and_through_bursts(tmp_path):
+    found = found_quickly(language_model, tmp_path, "--optimizers", "adamw", "soap")
+    assert len(found) == 2 * (2 + 2) + 2 * 2
+    for cell in found.values():
+        assert 1 < cell["value"] < 10
+    healthy = found["adamw, 0.01", "none"]["value"]
+    assert found["adamw, 0.01, bursts ×1000", "none"]["value"] > healthy
+
+
+@pytest.mark.by_hand
+def test_stacked_layers_train_as_layers_in_a_row(tmp_path):
+    found = found_quickly(equivalences, tmp_path, "--cases", "stacked")
+    assert max(cell["value"] for cell in found.values()) < 1e-3
+
+
+def test_ablations_run_all_variants_at_once(tmp_path, capsys):
+    found = found_quickly(ablations, tmp_path)
+    for variant in ablations.QUICK_VARIANTS:
+        assert found["K line", variant]["value"] > 0
+    bare, ours = (found["K line", name]["value"] for name in ablations.QUICK_VARIANTS[1::-1])
+    assert ours == pytest.approx(bare, rel=1e-3)
+    assert capsys.readouterr().out.count("the rule") == 1

@@ -359,8 +359,8 @@ STATES = {
         12 + 4 * NUM_ARRAYS, 1,
     ),
     "clip_by_update_ratio": (
-        og.clip_by_update_ratio, "836 bytes of state, 12 more for each array",
-        og.clip_by_update_ratio(SGD), 836 + 12 * NUM_ARRAYS, 2,
+        og.clip_by_update_ratio, "840 bytes of state, 12 more for each array",
+        og.clip_by_update_ratio(SGD), 840 + 12 * NUM_ARRAYS, 2,
     ),
     "guard": (
         og.states.GuardState,

@@ -1012,3 +1012,21 @@ def test_derivatives_are_finite_at_every_scale(rule):
     compute = jax.jit(jax.vmap(lambda scale: slopes(tx, steps * scale, jnp.array([3.0, 0.0]))))
     for leaf in jax.tree.leaves(compute(scales)):
         assert jnp.all(jnp.isfinite(leaf))
+
+
+def test_median_frozen_early_holds_an_explosion_that_begins_at_once():
+    def largest(warmup_steps):
+        clip = og.clip_by_median(warmup_steps=warmup_steps)
+        tx = optax.chain(clip, optax.sgd(0.1, momentum=0.9))
+
+        def step(carry, _):
+            x, state = carry
+            updates, state = tx.update(40 * x, state)  # up to 38 it is stable
+            x = x + updates
+            return (x, state), jnp.abs(x)[0]
+
+        x = jnp.ones(1)
+        return float(jax.lax.scan(step, (x, tx.init(x)), length=300)[1].max())
+
+    assert largest(100) > 1000
+    assert largest(10) < 100

@@ -32,11 +32,18 @@ def clip_by_median(
         g       <- g * min(1, limit / n)
 
     The first steps only observe: their updates are zero, so that a faulty first gradient does no
-    harm. Once ``warmup_steps`` norms have come, the limit is frozen. It therefore never follows an
-    explosion, which a running statistic does, and is no choice for a loss whose gradients
-    grow for good reasons. Norms enter as they came in, since a median hardly moves with spikes. A
-    norm that is not finite changes no state, counts as no step, and passes through for a guard
-    to see; a norm of zero enters no median, but its step counts as observed.
+    harm. Once ``warmup_steps`` norms have come, the limit is frozen. It therefore never follows a
+    later explosion, which a running statistic does, and is no choice for a loss whose gradients
+    grow for good reasons (a second loss, a curriculum, a layer that is unfrozen): there
+    :func:`stabilize` goes on, and this rule cuts for ever. It does follow an explosion within the
+    first steps. With momentum, whose steps grow to ten times the learning rate, that is a common
+    one: freeze the limit before it, say with ``warmup_steps=10``, or take :func:`clip_by_norm`
+    where the scale of the loss is known. ``metrics`` has ``recent_clip_rate``: near 1, the limit is
+    too low, and 0 throughout while the loss rises, too high.
+
+    Norms enter as they came in, since a median hardly moves with spikes. A norm that is not finite
+    changes no state, counts as no step, and passes through for a guard to see; a norm of zero
+    enters no median, but its step counts as observed.
 
     Args:
       ratio: scalar in [0, inf).

@@ -1,4 +1,4 @@
-"""How strongly an optimizer answers to a gradient, measured by evaluating it twice more."""
+"""How strongly an optimizer answers to a gradient, measured by evaluating it three times more."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from optax_guard._core.groups import Groups
 from optax_guard._core.inner import gradient_like
 from optax_guard._core.trees import float_leaves
 
+FAR = 1e3  # times the gradient: where an optimizer that bounds its steps answers no more than once
+
 
 def count_as_weights(groups: Groups) -> np.ndarray:
     """For each leaf whether a layer of it is a matrix or more."""
@@ -32,29 +34,37 @@ class Probe(NamedTuple):
     axes: MeshAxes
 
     def squared_sums(self, gradients, scale, inner_state, params) -> jax.Array:
-        """Of what this gradient alone adds to the update, and of the parameters.
+        """Of what this gradient alone adds to the update, of what `FAR` times it adds, of params.
 
         The response of an optimizer with momentum or weight decay to no gradient is subtracted.
 
         Returns:
-          float32 ``[rows, 2]``; on each device those of its own shards.
+          float32 ``[rows, 3]``; on each device those of its own shards.
         """
         # Without the barriers XLA:GPU turns the branch into a select, and evaluates it always.
         gradients, params = jax.tree.map(_barrier, (gradients, params))
         split = float_leaves(gradients, gradient_like(params))
-        scaled = split.replace([times(leaf, scale) for leaf in split.arrays])
         zeros = [jnp.zeros_like(leaf) for leaf in split.arrays]
-        moved, _ = self.update(scaled, inner_state, params, **self.extra_args)
-        resting, _ = self.update(split.replace(zeros), inner_state, params, **self.extra_args)
-        moved, resting = (split.matching(gradient_like(tree)) for tree in (moved, resting))
         weights = zeros if params is None else split.matching(gradient_like(params))
-        rows = self._rows(list(map(_change, moved, resting)), weights)
-        return self._varying(rows)
+
+        def answer(arrays):
+            moved, _ = self.update(split.replace(arrays), inner_state, params, **self.extra_args)
+            return split.matching(gradient_like(moved))
+
+        resting = answer(zeros)
+
+        def added_by(scale):
+            moved = answer([times(leaf, scale) for leaf in split.arrays])
+            return self._varying(self._rows(list(map(_change, moved, resting)), weights))
+
+        # A loop, so that the optimizer is compiled once for both.
+        near, far = lax.map(added_by, jnp.stack([scale, FAR * scale]))
+        return jnp.stack([near[:, 0], far[:, 0], near[:, 1]], axis=1)
 
     def nothing(self, gradients, scale, inner_state, params) -> jax.Array:
         """Zeros of the same type."""
         del gradients, scale, inner_state, params
-        return self._varying(jnp.zeros((sum(self.groups.rows), 2), jnp.float32))
+        return self._varying(jnp.zeros((sum(self.groups.rows), 3), jnp.float32))
 
     def _rows(self, changes: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
         counts = count_as_weights(self.groups)
