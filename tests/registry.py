@@ -42,13 +42,12 @@ class Row:
 
     Attributes:
       name: pytest id.
-      make: builds it; must accept ``axis_name=`` if ``takes_axis_name``.
+      make: builds it; must accept ``axis_name=``.
       wrap: for a wrapper, ``make`` with the inner optimizer as an argument; None for chainables.
       on_bad: what a non-finite gradient leads to: "passes" (stays non-finite, the whole state
         bitwise unchanged), "zeroes" (replaced), "skips" (updates -0.0, inner state unchanged),
         "reacts" (skips, and goes on differently after it).
       needs_params: whether ``update`` must be given params.
-      takes_axis_name: false for element-wise rules, which need none.
       is_variant: another row goes the same way but for a detail; this one is tested only with
         ``-m slow``.
       is_smooth: false where an inner optimizer has no finite derivative at zero of its own.
@@ -60,7 +59,6 @@ class Row:
     wrap: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     on_bad: str = "passes"
     needs_params: bool = False
-    takes_axis_name: bool = True
     is_variant: bool = False
     is_smooth: bool = True
     inject: Inject | None = None
@@ -224,15 +222,13 @@ ROWS = [
     ),
     Row(
         "clip_by_max_ema",
-        lambda: og.clip_by_max_ema(0.9),
-        takes_axis_name=False,
+        lambda **kw: og.clip_by_max_ema(0.9, **kw),
         inject=Inject(og.clip_by_max_ema, {"decay": 0.9}),
     ),
     Row(
         "clip_by_relative_change",
-        lambda: og.clip_by_relative_change(0.1),
+        lambda **kw: og.clip_by_relative_change(0.1, **kw),
         needs_params=True,
-        takes_axis_name=False,
         inject=Inject(og.clip_by_relative_change, {"max_relative": 0.1, "max_absolute": 0.02}),
     ),
     _wrapper(
@@ -271,12 +267,11 @@ ROWS = [
         is_variant=True,
     ),
     # Zeroing
-    Row("zero_nonfinite", og.zero_nonfinite, on_bad="zeroes", takes_axis_name=False),
+    Row("zero_nonfinite", og.zero_nonfinite, on_bad="zeroes"),
     Row(
         "zero_nonfinite-leaf",
-        lambda: og.zero_nonfinite(scope="leaf"),
+        lambda **kw: og.zero_nonfinite(scope="leaf", **kw),
         on_bad="zeroes",
-        takes_axis_name=False,
         is_variant=True,
     ),
     # Wrappers
@@ -350,9 +345,8 @@ ROWS = [
     # Constraints
     Row(
         "clip_params",
-        lambda: og.clip_params(-1.0, 0.5),
+        lambda **kw: og.clip_params(-1.0, 0.5, **kw),
         needs_params=True,
-        takes_axis_name=False,
         inject=Inject(og.clip_params, {"min_value": -1.0, "max_value": 0.5}),
     ),
     Row(
@@ -369,18 +363,18 @@ ROWS = [
     ),
     Row(
         "add_l1",
-        lambda: og.add_l1(0.1),
+        lambda **kw: og.add_l1(0.1, **kw),
         needs_params=True,
-        takes_axis_name=False,
         inject=Inject(og.add_l1, {"strength": 0.1}),
     ),
     Row(
         "add_l1-mask",
-        lambda: og.add_l1(
-            optax.linear_schedule(0.2, 0.1, 3), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+        lambda **kw: og.add_l1(
+            optax.linear_schedule(0.2, 0.1, 3),
+            lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
+            **kw,
         ),
         needs_params=True,
-        takes_axis_name=False,
         is_variant=True,
     ),
 ]

@@ -626,14 +626,14 @@ def sharded_run(row: registry.Row) -> Any:
     )
 
 
-@rows(lambda row: row.takes_axis_name, variants=True)
+@rows(variants=True)
 def test_shard_map_with_axis_name_equals_one_device(row):
     expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
     actual = jax.jit(sharded_run(row))(PARAMS, STACKED, VALUES)
     assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-@rows(lambda row: row.takes_axis_name)
+@rows()
 def test_no_collective_sits_under_a_branch(row):
     jaxpr = jax.make_jaxpr(sharded_run(row))(PARAMS, STACKED, VALUES)
     equations = list(_subjaxprs(jaxpr))

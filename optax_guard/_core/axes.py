@@ -7,13 +7,16 @@ once, and to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_guard._core.trees import is_inexact
 
 Names = str | tuple[str, ...] | None
 AxisName = Names | Callable[[str, Any], Names]
@@ -24,23 +27,51 @@ class MeshAxes(NamedTuple):
 
     Attributes:
       names: all of them; empty outside of ``shard_map``.
-      of_leaves: for each leaf those over which it is sharded.
+      of_leaves: for each leaf those over which its groups are split, so that their norms are sums.
+      kept: for each leaf those over which it is split between groups, so that each device has
+        groups of its own. Types tell, where a callable leaves the axis out.
     """
 
     names: tuple[str, ...] = ()
     of_leaves: tuple[tuple[str, ...], ...] = ()
+    kept: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether any leaf has groups that are not those of the other devices."""
+        return any(self.kept)
 
     def count_once(self, terms: Sequence[jax.Array]) -> list[jax.Array]:
         """The terms of a sum over all devices, one a leaf."""
-        return [self._where_first(term, self._repeated(index)) for index, term in enumerate(terms)]
+        if not self.names:
+            return list(terms)
+        return [
+            _where_first(term, self._without(own + kept))
+            for term, own, kept in zip(terms, self.of_leaves, self.kept, strict=True)
+        ]
 
-    def _repeated(self, index: int) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name not in self.of_leaves[index])
+    def sum_groups(self, *parts: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """For each of the parts, one array a leaf: their sums over the devices of a group."""
+        once = [self.count_once(part) for part in parts]
+        for kept in dict.fromkeys(self.kept):
+            places = [place for place, own in enumerate(self.kept) if own == kept]
+            names = self._without(kept)
+            for part, sums in zip(
+                once,
+                _psum([[part[place] for place in places] for part in once], names),
+                strict=True,
+            ):
+                for place, value in zip(places, sums, strict=True):
+                    part[place] = value
+        return once
 
-    def _where_first(self, term: jax.Array, names: tuple[str, ...]) -> jax.Array:
-        for name in names:
-            term = jnp.where(lax.axis_index(name) == 0, term, jnp.zeros_like(term))
-        return term
+    def total_of_groups(self, values: jax.Array) -> jax.Array:
+        """The sum over all leaves and devices of ``[leaves]``, each made of groups."""
+        pairs = zip(values, self.kept, strict=True)
+        return self.psum(sum(_where_first(value, self._without(kept)) for value, kept in pairs))
+
+    def _without(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name not in names)
 
     def num_shards(self, index: int) -> Any:
         """Over how many devices the elements of a leaf are spread."""
@@ -49,14 +80,7 @@ class MeshAxes(NamedTuple):
 
     def psum(self, tree: Any) -> Any:
         """One ``psum`` of all arrays of a tree that share a dtype; the identity without axes."""
-        leaves, treedef = jax.tree.flatten(tree)
-        if not self.names or not leaves:
-            return tree
-        flat = lax.psum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), self.names)
-        parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
-        return jax.tree.unflatten(
-            treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        )
+        return _psum(tree, self.names)
 
     def any(self, flags: jax.Array) -> jax.Array:
         """Whether each flag holds on any device."""
@@ -66,8 +90,52 @@ class MeshAxes(NamedTuple):
         """Over all devices."""
         return lax.pmean(value, self.names) if self.names else value
 
+    def max(self, values: jax.Array) -> jax.Array:
+        """The largest of each value over all devices."""
+        return _pmax(values, self.names) if self.names else values
+
+    def vary(self, index: int, tree: Any) -> Any:
+        """Arrays that each device has for the groups of a leaf, of the type that says so."""
+        for name in self.kept[index] if self.names else ():
+            tree = jax.tree.map(
+                lambda x, name=name: x + 0 * lax.axis_index(name).astype(x.dtype), tree
+            )
+        return tree
+
 
 NO_AXES = MeshAxes()
+
+
+def _where_first(term: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    for name in names:
+        term = jnp.where(lax.axis_index(name) == 0, term, jnp.zeros_like(term))
+    return term
+
+
+def _psum(tree: Any, names: tuple[str, ...]) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    if not names or not leaves:
+        return tree
+    flat = lax.psum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), names)
+    parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pmax(values: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    return lax.pmax(values, names)
+
+
+@_pmax.defjvp
+def _pmax_jvp(names, primals, tangents):
+    # JAX has none. Where several devices hold the maximum, the mean, as within one array.
+    (values,), (dots,) = primals, tangents
+    largest = _pmax(values, names)
+    is_mine = values == largest
+    dot, count = _psum((jnp.where(is_mine, dots, 0), is_mine.astype(dots.dtype)), names)
+    return largest, dot / jnp.maximum(count, 1)
 
 
 def resolve_axes(
@@ -75,7 +143,9 @@ def resolve_axes(
     paths: Sequence[str],
     leaves: Sequence[Any],
     *,
-    also: dict[str, Any] | None = None,
+    also: Mapping[str, Any] | None = None,
+    what: str = "gradient",
+    may_be_kept: bool = False,
 ) -> MeshAxes:
     """The axes over which each leaf is sharded.
 
@@ -83,7 +153,10 @@ def resolve_axes(
       axis_name: as given to the factory.
       paths: of the leaves.
       leaves: gradients, or what is sharded as they are.
-      also: other arrays by name, such as the loss, which may vary over named axes only.
+      also: other arrays by what they are called, such as the loss, which may vary over named axes
+        only.
+      what: what the leaves are called.
+      may_be_kept: whether each device may have groups of its own.
 
     Raises:
       ValueError: if something varies over an axis that was not named, where types tell.
@@ -92,8 +165,10 @@ def resolve_axes(
     names = tuple(dict.fromkeys(name for group in named for name in group))
     if not callable(axis_name):
         names = _as_tuple(axis_name)
-    others = {name: value for name, value in (also or {}).items() if value is not None}
-    _check_varying(names, dict(zip(paths, leaves, strict=True)) | others)
+    elif may_be_kept:
+        names = tuple(dict.fromkeys([*names, *sorted(frozenset().union(*map(_varying, leaves)))]))
+    called = {f"The {what} {path!r}": leaf for path, leaf in zip(paths, leaves, strict=True)}
+    _check_varying(names, called | dict(also or {}))
     if not names:
         return NO_AXES
     tells = {name: _types_tell(name) for name in names}
@@ -101,15 +176,32 @@ def resolve_axes(
         tuple(name for name in own if not tells[name] or name in _varying(leaf))
         for own, leaf in zip(named, leaves, strict=True)
     )
-    return MeshAxes(names, of_leaves)
+    kept = tuple(
+        tuple(sorted(_varying(leaf) - set(own))) for own, leaf in zip(named, leaves, strict=True)
+    )
+    if not may_be_kept:
+        _check_none_kept(paths, kept)
+    return MeshAxes(names, of_leaves, kept)
+
+
+def axes_of_elements(
+    axis_name: AxisName, paths: Sequence[str], leaves: Sequence[Any], params: Sequence[Any] = ()
+) -> MeshAxes:
+    """The same for what is right element by element, and shares no more than what it counts.
+
+    Without a name the axes are those of the types.
+    """
+    if axis_name is None:
+        axis_name = tuple(sorted(frozenset().union(*map(_varying, [*leaves, *params]))))
+    return resolve_axes(axis_name, paths, leaves)
 
 
 def resolve_axes_at_init(
-    axis_name: AxisName, paths: Sequence[str], leaves: Sequence[Any]
+    axis_name: AxisName, paths: Sequence[str], leaves: Sequence[Any], *, may_be_kept: bool = False
 ) -> MeshAxes:
     """The same where the axes may be unbound, since ``init`` may be called outside."""
     try:
-        return resolve_axes(axis_name, paths, leaves)
+        return resolve_axes(axis_name, paths, leaves, may_be_kept=may_be_kept)
     except NameError:
         return NO_AXES
 
@@ -134,7 +226,7 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 
 def _varying(leaf: Any) -> frozenset[str]:
     """The mesh axes over which JAX's types say that an array varies."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    if not isinstance(leaf, jax.Array):
         return frozenset()
     kind = jax.typeof(leaf)
     if hasattr(kind, "manual_axis_type"):
@@ -147,15 +239,51 @@ def _types_tell(name: str) -> bool:
     return name in _varying(lax.axis_index(name))
 
 
-def _check_varying(names: tuple[str, ...], arrays: dict[str, Any]) -> None:
-    for path, leaf in arrays.items():
+def parameters(params: Any) -> dict[str, Any]:
+    """For ``also`` of ``resolve_axes``: the float leaves of the parameters."""
+    return _called("The parameter {!r}", params)
+
+
+def state_of_optimizer(state: Any) -> dict[str, Any]:
+    """The same of the state of a wrapped optimizer."""
+    return _called("The optimizer's state at {!r}", state)
+
+
+def _called(form: str, tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        form.format(jax.tree_util.keystr(path, simple=True, separator="/")): leaf
+        for path, leaf in flat
+        if is_inexact(leaf) and _varying(leaf)
+    }
+
+
+def _check_varying(names: tuple[str, ...], arrays: Mapping[str, Any]) -> None:
+    for what, leaf in arrays.items():
         unnamed = sorted(_varying(leaf) - set(names))
         if unnamed:
-            shown = repr(unnamed[0]) if len(unnamed) == 1 else repr(tuple(unnamed))
-            what = "The loss passed as value=" if path == "value=" else f"The gradient {path!r}"
             raise ValueError(
-                f"{what} differs between the devices along {', '.join(map(repr, unnamed))}, but "
-                "axis_name does not name that, so each device would decide by itself. If it is "
-                f"sharded, pass axis_name={shown}; if every device has its own from its part of "
-                f"the batch, average it first: jax.lax.pmean(x, {shown})."
+                f"{what} differs between the devices along {_listed(unnamed)}, but axis_name does "
+                "not name that, so each device would decide by itself. If it is sharded, pass "
+                f"axis_name={_as_argument(unnamed)}; if every device has its own from its part of "
+                f"the batch, average it first: jax.lax.pmean(x, {_as_argument(unnamed)})."
             )
+
+
+def _check_none_kept(paths: Sequence[str], kept: Sequence[tuple[str, ...]]) -> None:
+    for path, names in zip(paths, kept, strict=True):
+        if names:
+            raise ValueError(
+                f"The gradient {path!r} differs between the devices along {_listed(names)}, but "
+                f"axis_name({path!r}, leaf) says that it does not. Let it return "
+                f"{_as_argument(names)} for this array. (To leave out an axis that splits an array "
+                'between its groups is for rules with scope="unit" or a callable.)'
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _as_argument(names: Sequence[str]) -> str:
+    return repr(names[0]) if len(names) == 1 else repr(tuple(names))

@@ -106,11 +106,14 @@ def merge_rows(measured: Measurement, groups: Groups) -> Measurement:
     )
 
 
-def _roots(sums: Sums, sizes: jax.Array, groups: Groups) -> Measurement:
+def _roots(
+    sums: Sums, sizes: jax.Array, groups: Groups, row_sums: Sequence[jax.Array] | None = None
+) -> Measurement:
     """All norms from sums that may be out of range at one or two of the scales."""
     roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
     norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
-    leaf_norms, _, leaf_finite = _root(*map(groups.row_sums, sums))
+    down, plain, up = map(groups.row_sums, sums) if row_sums is None else row_sums
+    leaf_norms, _, leaf_finite = _root(down, plain, up)
     norm = norms[0] if groups.kind == "global" else combine(leaf_norms, leaf_finite)
     leaf_norms = leaf_norms.astype(jnp.float32)
     return Measurement(norms, scaled, finite, sizes, norm, leaf_norms, leaf_finite)
@@ -226,6 +229,10 @@ def _measure(
         terms,
         stacked,
     )
+    if axes.has_kept:
+        # Each device has norms of its own, and all of them the same rows.
+        rows = axes.psum([_count_rows_once(groups.row_sums(part), call) for part in sums])
+        return _roots(Sums(*map(tuple, axes.sum_groups(*sums))), sizes, groups, rows), None
     sums = Sums(*(tuple(_count_once(part, call)) for part in sums))
     if call.watch is None:
         return _roots(axes.psum(sums), sizes, groups), None
@@ -242,13 +249,22 @@ def _count_once(part: Sequence[jax.Array], call: MeasureCall) -> Sequence[jax.Ar
         return part
     if groups.kind == "each" and not groups.is_flat:
         return axes.count_once(part)
-    ones = axes.count_once([jnp.ones((), np.bool_) for _ in groups.shapes])
     if groups.is_flat:
-        return (jnp.where(groups.repeat(jnp.stack(ones)), part[0], 0),)
-    is_counted = jnp.repeat(
-        jnp.stack(ones), np.asarray(groups.rows), total_repeat_length=part[0].shape[0]
-    )
-    return (jnp.where(is_counted, part[0], 0),)
+        return (jnp.where(groups.repeat(_is_counted(call)), part[0], 0),)
+    return (_count_rows_once(part[0], call),)
+
+
+def _count_rows_once(rows: jax.Array, call: MeasureCall) -> jax.Array:
+    """The same for one vector ``[rows]``."""
+    numbers = np.asarray(call.groups.rows)
+    is_counted = jnp.repeat(_is_counted(call), numbers, total_repeat_length=rows.shape[0])
+    return jnp.where(is_counted, rows, 0)
+
+
+def _is_counted(call: MeasureCall) -> jax.Array:
+    """``[leaves]``, whether this device is to count them."""
+    ones = call.axes.count_once([jnp.ones((), np.bool_) for _ in call.groups.shapes])
+    return jnp.stack(ones) if ones else jnp.zeros((0,), np.bool_)
 
 
 @_measure.defjvp
@@ -275,9 +291,13 @@ def _measure_jvp(call, primals, tangents):
             unit = scale_by(wide, firsts[i], seconds[i])
             product = jnp.real(jnp.conj(unit) * leaf_dots[i].astype(unit.dtype))
             terms.append(jnp.sum(product, axis=own, keepdims=len(own) < leaf.ndim))
-        return total(axes.psum(axes.count_once(terms)))
+        return total(terms)
+
+    def add_up(terms):
+        return axes.psum(axes.count_once(terms))
 
     def total(terms):
+        terms = axes.sum_groups(terms)[0] if axes.has_kept else add_up(terms)
         if groups.kind == "each":
             return (groups.flatten(terms),) if groups.is_flat else tuple(terms)
         vector = jnp.stack(terms) if terms else jnp.zeros((0,), groups.dtype)
@@ -288,7 +308,7 @@ def _measure_jvp(call, primals, tangents):
     row_norms = result.leaf_norms.astype(groups.dtype)
     blocks = whole.split_rows(row_norms)
     finite = whole.split_rows(result.leaf_finite)
-    row_dots = tangent(whole, blocks, tuple(block * down for block in blocks), finite, tuple)
+    row_dots = tangent(whole, blocks, tuple(block * down for block in blocks), finite, add_up)
     row_dots = [dot.reshape(-1) for dot in row_dots]
     row_norms_dot = jnp.concatenate(row_dots) if row_dots else jnp.zeros((0,), groups.dtype)
     is_usable = jnp.isfinite(result.norm) & (result.norm > 0)

@@ -88,17 +88,25 @@ def rescale(leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups) -> tu
 
 
 def rescale_and_split(
-    leaves: Sequence[jax.Array], scaling: Scaling, groups: Groups, flat: jax.Array | None
+    leaves: Sequence[jax.Array],
+    scaling: Scaling,
+    groups: Groups,
+    flat: jax.Array | None,
+    is_any: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
-    """``rescale``, and the part for each leaf of ``flat`` ``[rows, units]``, of a flat block."""
-    firsts, seconds, parts = _spread_factors(lax.stop_gradient(scaling), groups, flat)
+    """``rescale``, and the part for each leaf of ``flat`` ``[rows, units]``, of a flat block.
+
+    ``is_any`` tells whether one is active on any device, where each has groups of its own.
+    """
+    is_any = any_of(scaling.active) if is_any is None else is_any
+    firsts, seconds, parts = _spread_factors(lax.stop_gradient(scaling), groups, flat, is_any)
     # Leaf by leaf, so that one whose update nobody needs is not kept alive by the others.
     own = (Scaling(*part) for part in zip(*map(groups.spread, scaling), strict=True))
     return tuple(map(_rescale_leaf, leaves, firsts, seconds, own)), parts
 
 
 def _spread_factors(
-    scaling: Scaling, groups: Groups, flat: jax.Array | None
+    scaling: Scaling, groups: Groups, flat: jax.Array | None, is_any: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Two factors for each leaf, ready to broadcast, and its part of ``flat``."""
     ones = [jnp.ones_like(norm) for norm in scaling.norms]
@@ -110,9 +118,8 @@ def _spread_factors(
 
     # The branch saves little, but XLA cannot fuse across it; without it all that led to the
     # factors would be repeated in the loop of every leaf, and compiling take five times as long.
-    is_active = any_of(scaling.active)
     if groups.kind == "global" or (groups.kind == "each" and not groups.is_flat):
-        chosen = lax.cond(is_active, factors, lambda _: (ones, ones), scaling)
+        chosen = lax.cond(is_any, factors, lambda _: (ones, ones), scaling)
         firsts, seconds = map(groups.spread, chosen)
         return firsts, seconds, []
     # One array for each leaf leaves the branch. Slices of a vector in the loop of every leaf
@@ -120,7 +127,7 @@ def _spread_factors(
     starts = groups.starts()
     rest = jnp.zeros((0, ones[0].size), groups.dtype) if flat is None else flat
     parts = lax.cond(
-        is_active,
+        is_any,
         lambda scaling, rest: groups.split(_rows(*factors(scaling), rest), starts),
         lambda scaling, rest: groups.split(_rows(ones, ones, rest), starts),
         scaling,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.arrays import increment, promote, tree_where
-from optax_guard._core.checks import check_number
+from optax_guard._core.axes import AxisName, axes_of_elements
+from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
 from optax_guard._core.transformation import require_params, require_state, transformation
@@ -29,7 +30,10 @@ class AddL1State(NamedTuple):
 
 
 def add_l1(
-    strength: Any, mask: Any | Callable[[Any], Any] | None = None
+    strength: Any,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the subgradient of ``strength * sum(|p|)`` to the updates.
 
@@ -55,12 +59,13 @@ def add_l1(
       strength: scalar in [0, inf), or a schedule of the number of finite steps before this one.
       mask: a tree of bools as the parameters (or a prefix of it), or a callable that makes one of
         them: false where nothing is to be added, often for biases and scales. None: everywhere.
+      axis_name: mesh axes over which the updates are sharded inside ``pmap`` or
+        ``shard_map(check_vma=False)``, so that all devices count the same. Types tell otherwise.
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own and
       computed in float32 at least. Its ``update`` needs ``params``. Cost: one read of the
-      parameters and, unless a guard shares it, one of the updates; 4 bytes of state. Inside
-      ``shard_map`` no ``axis_name`` is needed; the count is then that of each device.
+      parameters and, unless a guard shares it, one of the updates; 4 bytes of state.
 
     Raises:
       ValueError: if ``strength`` is negative, not finite or no scalar; from ``update``, if it is
@@ -79,6 +84,7 @@ def add_l1(
       proximal step instead: ``p <- sign(p) * max(|p| - learning_rate * strength, 0)``.
     """
     check_number("strength", strength, open_maximum=True, schedule=True)
+    check_axis_name(axis_name)
 
     def init(params):
         del params
@@ -94,7 +100,9 @@ def add_l1(
             for leaf, param in zip(split.arrays, split.matching(params), strict=True)
         ]
         groups = make_groups("global", split.paths, split.arrays)
-        is_finite = jnp.all(measure(split.arrays, groups, small_norms_matter=False).leaf_finite)
+        axes = axes_of_elements(axis_name, split.paths, split.arrays)
+        measured = measure(split.arrays, groups, axes=axes, small_norms_matter=False)
+        is_finite = jnp.all(measured.leaf_finite)
         new_state = AddL1State(increment(state.steps))
         return split.replace(arrays), tree_where(is_finite, new_state, state)
 

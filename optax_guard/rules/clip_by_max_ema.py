@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import safe_ratio, times, tree_where
-from optax_guard._core.checks import check_number
+from optax_guard._core.axes import AxisName, resolve_axes
+from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
@@ -22,7 +23,9 @@ from optax_guard.rules._packing import MOST_COUNTED
 from optax_guard.rules.rule import value_at
 
 
-def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs:
+def clip_by_max_ema(
+    decay: Any = 0.999, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     """Scales down single elements far above the usual largest one of their array (AdaClip).
 
     For each array, with ``max|g|`` its largest absolute element at step ``t``::
@@ -36,11 +39,9 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
     in training, up to itself. A gradient that holds NaN or Inf changes no state and passes through
     for a guard to see; an array of zeros enters no statistic and counts as no step of its own.
 
-    There is no ``axis_name``: inside ``shard_map`` each device would see the maximum of its own
-    part. Under plain ``jit`` sharded arrays are treated as one.
-
     Args:
       decay: scalar in [0, 1), weight of the old mean.
+      axis_name: mesh axes over which the updates are sharded inside ``shard_map``.
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. All
@@ -68,6 +69,7 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
       threshold is 316 times the maximum there); arrays of zeros and non-finite ones are left out.
     """
     check_number("decay", decay, maximum=1.0, open_maximum=True)
+    check_axis_name(axis_name)
 
     state_type = rule_state("clip_by_max_ema")
 
@@ -82,10 +84,18 @@ def clip_by_max_ema(decay: Any = 0.999) -> optax.GradientTransformationExtraArgs
         require_state(state, state_type, "clip_by_max_ema")
         count, mean = state.history
         split = float_leaves(updates, params, count=len(count))
+        axes = resolve_axes(axis_name, split.paths, split.arrays)
         groups = make_groups("leaf", split.paths, split.arrays)
-        measured = measure(split.arrays, groups, is_used=split.is_present, small_norms_matter=False)
+        measured = measure(
+            split.arrays,
+            groups,
+            axes=axes,
+            is_used=split.is_present,
+            small_norms_matter=False,
+        )
         is_finite = measured.leaf_finite
         largest = stack([_largest(leaf, groups.dtype) for leaf in split.arrays], groups.dtype)
+        largest = axes.max(largest)
         usable = is_finite & (largest > 0)
         largest = jnp.where(usable, largest, 1)
 

@@ -33,7 +33,9 @@ def clip_by_norm(
       max_norm: scalar in [0, inf], in the unit of the gradients; a number, an array, a traced
         value, or a schedule of the number of finite steps.
       scope: ``"global"``, ``"leaf"``, ``"unit"``, or a callable ``(path, leaf) -> axes | None``.
-      axis_name: mesh axes over which the updates are sharded inside ``shard_map``.
+      axis_name: mesh axes over which the updates are sharded inside ``shard_map``, or a callable
+        ``(path, leaf) -> names | None``. With ``"unit"`` or a callable scope let it leave out an
+        axis that deals whole groups out to the devices, as one along the outputs of a kernel.
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own.

@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import safe_ratio, tree_where
-from optax_guard._core.checks import check_number
+from optax_guard._core.axes import AxisName, parameters, resolve_axes
+from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import RANGES, Scaling, rescale
@@ -21,7 +22,7 @@ from optax_guard._core.trees import float_leaves
 
 
 def clip_by_relative_change(
-    max_relative: Any = 0.1, *, max_absolute: Any = 1e-2
+    max_relative: Any = 0.1, *, max_absolute: Any = 1e-2, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates down so that no parameter changes by more than a fraction of itself (Clippy).
 
@@ -38,13 +39,11 @@ def clip_by_relative_change(
     The first step is like every other. An array that holds NaN or Inf passes unchanged, so that a
     guard can see it, and the state stays as it was; a parameter that is NaN imposes nothing.
 
-    There is no ``axis_name``: inside ``shard_map`` each device would scale its own part by a
-    factor of its own. Under plain ``jit`` sharded arrays are treated as one.
-
     Args:
       max_relative: scalar in [0, inf), largest change relative to a parameter.
       max_absolute: scalar in [0, inf), added to that, so that a parameter of zero can move. With
         0, one that is exactly zero stops its whole array.
+      axis_name: mesh axes over which updates and parameters are sharded inside ``shard_map``.
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own. Its
@@ -70,6 +69,7 @@ def clip_by_relative_change(
     """
     check_number("max_relative", max_relative, open_maximum=True)
     check_number("max_absolute", max_absolute, open_maximum=True)
+    check_axis_name(axis_name)
 
     state_type = rule_state("clip_by_relative_change")
 
@@ -82,8 +82,15 @@ def clip_by_relative_change(
         require_state(state, state_type, "clip_by_relative_change")
         require_params(params, "clip_by_relative_change", "compares updates with parameters")
         split = float_leaves(updates, params)
+        axes = resolve_axes(axis_name, split.paths, split.arrays, also=parameters(params))
         groups = make_groups("leaf", split.paths, split.arrays)
-        measured = measure(split.arrays, groups, is_used=split.is_present, small_norms_matter=False)
+        measured = measure(
+            split.arrays,
+            groups,
+            axes=axes,
+            is_used=split.is_present,
+            small_norms_matter=False,
+        )
         is_finite = measured.leaf_finite
         excess = stack(
             [
@@ -92,6 +99,7 @@ def clip_by_relative_change(
             ],
             groups.dtype,
         )
+        excess = axes.max(excess)
         one = _unit(groups.dtype)
         is_over = is_finite & (excess > one)
         ones = jnp.full_like(excess, one)

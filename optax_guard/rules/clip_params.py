@@ -12,7 +12,8 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_guard._core.arrays import promote, tree_where
-from optax_guard._core.checks import check_number
+from optax_guard._core.axes import AxisName, axes_of_elements
+from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
@@ -21,7 +22,9 @@ from optax_guard._core.trees import float_leaves
 from optax_guard.rules._inside import update_into
 
 
-def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationExtraArgs:
+def clip_params(
+    min_value: Any, max_value: Any, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     """Changes updates so that every parameter ends in ``[min_value, max_value]``.
 
     For each element, with ``p`` the parameter and ``u`` the update that would be added::
@@ -42,15 +45,15 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
     Args:
       min_value: scalar in [-inf, inf].
       max_value: scalar in [-inf, inf], not below ``min_value``.
+      axis_name: mesh axes over which updates and parameters are sharded inside ``pmap`` or
+        ``shard_map(check_vma=False)``, so that all devices count the same. Types tell otherwise.
 
     Returns:
       A transformation of updates of any float dtype, each returned in its own; of complex ones
       real and imaginary parts are clipped apart. Its ``update`` needs ``params``. Sums are
       float32 (float64 for float64 leaves). Updates are rounded inwards, so that coarse ones end
       inside, too; a float16 one cannot move further than 65504 at once. Cost: two reads of the
-      updates and one of the parameters; 20 bytes of state, whose
-      scales are always 1. Inside ``shard_map`` no ``axis_name`` is
-      needed; the counts are then those of each device.
+      updates and one of the parameters; 20 bytes of state, whose scales are always 1.
 
     Raises:
       ValueError: if a bound is NaN or no scalar, or ``min_value > max_value``; from ``update``,
@@ -73,6 +76,7 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
     check_number("min_value", min_value, minimum=-math.inf)
     check_number("max_value", max_value, minimum=-math.inf)
     _check_order(min_value, max_value)
+    check_axis_name(axis_name)
 
     state_type = rule_state("clip_params")
 
@@ -85,15 +89,19 @@ def clip_params(min_value: Any, max_value: Any) -> optax.GradientTransformationE
         require_state(state, state_type, "clip_params")
         require_params(params, "clip_params", "keeps parameters inside bounds")
         split = float_leaves(updates)
+        own = split.matching(params)
+        axes = axes_of_elements(axis_name, split.paths, split.arrays, own)
         held = [
             _hold(leaf, param, min_value, max_value)
-            for leaf, param in zip(split.arrays, split.matching(params), strict=True)
+            for leaf, param in zip(split.arrays, own, strict=True)
         ]
         is_held = jnp.asarray(False)
         for leaf, new in zip(split.arrays, held, strict=True):
             is_held |= jnp.any((new != leaf) & (leaf == leaf))
         groups = make_groups("global", split.paths, split.arrays)
-        is_finite = jnp.all(measure(split.arrays, groups, small_norms_matter=False).leaf_finite)
+        measured = measure(split.arrays, groups, axes=axes, small_norms_matter=False)
+        is_finite = jnp.all(measured.leaf_finite)
+        is_held = axes.any(is_held)
         new_state = count_step(state, is_cut=is_held, scale=jnp.ones(()), history=())
         return split.replace(held), tree_where(is_finite, new_state, state)
 

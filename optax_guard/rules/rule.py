@@ -18,8 +18,15 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_guard._core.arrays import root_sum_square, safe_ratio, tree_where
-from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
+from optax_guard._core.arrays import root_sum_square, safe_ratio, safe_sqrt, tree_where
+from optax_guard._core.axes import (
+    NO_AXES,
+    AxisName,
+    MeshAxes,
+    parameters,
+    resolve_axes,
+    resolve_axes_at_init,
+)
 from optax_guard._core.batches import can_be_flat
 from optax_guard._core.checks import check_axis_name, check_scope
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
@@ -112,7 +119,10 @@ def limit_norms(
       name: what :func:`metrics` and reports call it, in lower case with underscores; also that of
         its class of states, in words joined by capitals.
       scope: ``"global"``, ``"leaf"``, ``"unit"``, or a callable ``(path, leaf) -> axes | None``.
-      axis_name: mesh axes over which the updates are sharded inside ``shard_map``.
+      axis_name: mesh axes over which the updates are sharded inside ``shard_map``, or a callable
+        ``(path, leaf) -> names | None``. One that splits an array between its groups, so that
+        each device has whole ones, is left out; the history of these groups is then sharded, too.
+        Without types (``pmap``, ``check_vma=False``) what is left out is held by every device.
 
     Returns:
       A transformation of updates of any float or complex dtype, each returned in its own, with the
@@ -155,24 +165,39 @@ def limit_norms(
         return make_groups(scope, split.paths, split.arrays, is_sharded=axis_name is not None)
 
     def init(params):
-        groups = groups_of(float_leaves(params))
+        split = float_leaves(params)
+        groups = groups_of(split)
         nothing: Any = () if groups.kind == "global" else {_SCOPES[groups.kind]: ()}
         if groups.kind != "each":
             history = pack(rule.init(groups.blocks[0]), groups.blocks[0])
         elif _is_placeholder(params):
             history = jnp.zeros(())
         else:
-            history = tuple(pack(rule.init(block), block) for block in groups.blocks)
+            axes = NO_AXES
+            if callable(axis_name):
+                axes = resolve_axes_at_init(axis_name, split.paths, split.arrays, may_be_kept=True)
+            history = tuple(
+                axes.vary(index, pack(rule.init(block), block))
+                for index, block in enumerate(groups.blocks)
+            )
         return start_counting(state_type, history if jax.tree.leaves(history) else nothing)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         require_state(state, state_type, name, updates)
         split = float_leaves(updates, params, count=_num_histories(state.history))
-        axes = resolve_axes(axis_name, split.paths, split.arrays)
         groups = groups_of(split)
-        if groups.kind == "each":
-            groups = groups._replace(is_flat=bool(split.arrays) and can_be_flat(split.arrays))
+        is_each = groups.kind == "each"
+        axes = resolve_axes(
+            axis_name,
+            split.paths,
+            split.arrays,
+            also=parameters(params) if rule.needs_params else None,
+            may_be_kept=is_each,
+        )
+        if is_each:
+            is_flat = bool(split.arrays) and can_be_flat(split.arrays) and not axes.has_kept
+            groups = groups._replace(is_flat=is_flat)
         contexts = _contexts(rule, groups, split, params, state.steps, axes, name)
         measured = measure(
             split.arrays,
@@ -182,17 +207,20 @@ def limit_norms(
             small_norms_matter=_small_norms_matter(rule, contexts),
         )
         histories = unpack_all(rule.init, state.history, groups, name)
-        scaling, new_histories = _decide(rule, measured, histories, contexts, groups)
+        scaling, new_histories = _decide(rule, measured, histories, contexts, groups, axes)
+        is_cut, scale = _any_cut(scaling), _smallest_factor(scaling)
+        if axes.has_kept:
+            is_cut, scale = axes.any(is_cut), -axes.max(-scale)
         is_finite = jnp.all(measured.leaf_finite)
         packed = [tuple(map(pack, each, groups.blocks)) for each in (new_histories, histories)]
         history, old = (tree if groups.kind == "each" else tree[0] for tree in packed)
         history = tree_where(is_finite, history, old)
         flat = history[0] if groups.is_flat and jax.tree.leaves(history) else None
-        arrays, parts = rescale_and_split(split.arrays, scaling, groups, flat)
+        arrays, parts = rescale_and_split(split.arrays, scaling, groups, flat, is_cut)
         counted = count_step(
             state,
-            is_cut=_any_cut(scaling),
-            scale=_smallest_factor(scaling),
+            is_cut=is_cut,
+            scale=scale,
             history=state.history,
         )
         new_state = tree_where(is_finite, counted, state)
@@ -258,6 +286,7 @@ def _decide(
     histories: Sequence[Any],
     contexts: Sequence[Context],
     groups: Groups,
+    axes: MeshAxes,
 ) -> tuple[Scaling, list[Any]]:
     """Limits for every group, and the histories that follow if the step is finite."""
     contexts = [
@@ -265,7 +294,7 @@ def _decide(
         for context, size in zip(contexts, groups.sizes_of_blocks(measured.sizes), strict=True)
     ]
     if rule.needs_global_norm:
-        contexts = _with_global_norm(contexts, measured, groups.dtype)
+        contexts = _with_global_norm(contexts, measured, groups.dtype, axes)
     limits, active, new_histories = [], [], []
     for norms, is_finite, history, context in zip(
         measured.norms, measured.finite, histories, contexts, strict=True
@@ -291,18 +320,23 @@ def _let_in(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _with_global_norm(
-    contexts: Sequence[Context], measured: Measurement, dtype: np.dtype
+    contexts: Sequence[Context], measured: Measurement, dtype: np.dtype, axes: MeshAxes
 ) -> list[Context]:
     """Adds the norm over all finite groups, and each group's share of it."""
     most = jnp.finfo(dtype).max
     triples = list(zip(measured.norms, measured.scaled, measured.finite, strict=True))
     norms = [jnp.where(is_finite, norm, 0) for norm, _, is_finite in triples]
     scaled = [jnp.where(is_finite, small, 0) for _, small, is_finite in triples]
-    largest = _largest(norms, dtype)
+    largest = _largest(norms, dtype, axes)
     is_large = largest > most**0.8
     parts = [jnp.where(is_large, small, norm) for small, norm in zip(scaled, norms, strict=True)]
-    total = root_sum_square(stack([root_sum_square(part) for part in parts], dtype))
-    past_range = jnp.minimum(largest * safe_ratio(total, _largest(parts, dtype)), most)
+    of_leaves, unit = stack(list(map(root_sum_square, parts)), dtype), _largest(parts, dtype, axes)
+    if axes.has_kept:
+        squares = jnp.square(safe_ratio(of_leaves, lax.stop_gradient(unit)))
+        total = lax.stop_gradient(unit) * safe_sqrt(axes.total_of_groups(squares))
+    else:
+        total = root_sum_square(of_leaves)
+    past_range = jnp.minimum(largest * safe_ratio(total, unit), most)
     global_norm = jnp.where(is_large, lax.stop_gradient(past_range), total)
     return [
         context._replace(global_norm=global_norm, shares=safe_ratio(part, total))
@@ -310,8 +344,9 @@ def _with_global_norm(
     ]
 
 
-def _largest(blocks: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
-    return jnp.max(stack([jnp.max(block, initial=0) for block in blocks], dtype), initial=0)
+def _largest(blocks: Sequence[jax.Array], dtype: np.dtype, axes: MeshAxes) -> jax.Array:
+    largest = jnp.max(stack([jnp.max(block, initial=0) for block in blocks], dtype), initial=0)
+    return axes.max(largest) if axes.has_kept else largest
 
 
 def _any_cut(scaling: Scaling) -> jax.Array:

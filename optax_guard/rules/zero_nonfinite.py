@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.arrays import increment
-from optax_guard._core.checks import check_choice
+from optax_guard._core.axes import AxisName, MeshAxes, axes_of_elements
+from optax_guard._core.checks import check_axis_name, check_choice
 from optax_guard._core.states import Entry, PackedState
 from optax_guard._core.transformation import require_state, transformation
 from optax_guard._core.trees import float_leaves
@@ -38,7 +40,9 @@ class ZeroNonfiniteState(PackedState, _ZeroArrays):
     )
 
 
-def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExtraArgs:
+def zero_nonfinite(
+    *, scope: str = "element", axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     """Replaces NaN and Inf by zero, and counts what it replaced.
 
     ``g <- where(isfinite(g), g, 0)`` for scope ``"element"``; a whole array that holds any
@@ -52,6 +56,8 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
 
     Args:
       scope: ``"element"`` or ``"leaf"``.
+      axis_name: mesh axes over which the updates are sharded inside ``pmap`` or
+        ``shard_map(check_vma=False)``, so that all devices find the same. Types tell otherwise.
 
     Returns:
       A transformation of updates of any float or complex dtype. Cost: one more read of the
@@ -72,6 +78,7 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
       ``optax.zero_nans`` does this for NaN only, and does not count.
     """
     check_choice("scope", scope, ("element", "leaf"))
+    check_axis_name(axis_name)
 
     def init(params):
         num_leaves = len(float_leaves(params).arrays)
@@ -87,17 +94,26 @@ def zero_nonfinite(*, scope: str = "element") -> optax.GradientTransformationExt
         require_state(state, ZeroNonfiniteState, "zero_nonfinite")
         count = state.last_zeroed_leaves.shape[-1]
         split = float_leaves(updates, params, count=count)
-        arrays, counts = [], []
-        for leaf in split.arrays:
-            is_bad = ~jnp.isfinite(leaf)
-            if scope == "leaf":  # like the leaf in its sharding, too, which a select demands
-                is_bad = is_bad | jnp.any(is_bad)
-            arrays.append(jnp.where(is_bad, jnp.zeros_like(leaf), leaf))
-            counts.append(jnp.sum(is_bad, dtype=jnp.int32))
-        per_leaf = jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)
+        axes = axes_of_elements(axis_name, split.paths, split.arrays)
+        bad = [~jnp.isfinite(leaf) for leaf in split.arrays]
+        zeroed = _whole_leaves(bad, axes) if scope == "leaf" else bad
+        arrays = [
+            jnp.where(is_bad, jnp.zeros_like(leaf), leaf)
+            for leaf, is_bad in zip(split.arrays, zeroed, strict=True)
+        ]
+        counts = axes.count_once([jnp.sum(is_bad, dtype=jnp.int32) for is_bad in zeroed])
+        per_leaf = axes.psum(jnp.stack(counts)) if counts else jnp.zeros((0,), jnp.int32)
         return split.replace(arrays), _record(state, per_leaf)
 
     return transformation(init, update)
+
+
+def _whole_leaves(bad: Sequence[jax.Array], axes: MeshAxes) -> list[jax.Array]:
+    """For each element whether its array holds a bad one, on any device."""
+    if not axes.names or not bad:  # of the sharding of the leaf, which a select demands
+        return [is_bad | jnp.any(is_bad) for is_bad in bad]
+    found = axes.any(jnp.stack(list(map(jnp.any, bad))))
+    return [is_bad | is_any for is_bad, is_any in zip(bad, found, strict=True)]
 
 
 def _record(state: ZeroNonfiniteState, per_leaf: jax.Array) -> ZeroNonfiniteState:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import safe_ratio, tree_where
-from optax_guard._core.axes import AxisName, resolve_axes
+from optax_guard._core.axes import AxisName, parameters, resolve_axes, state_of_optimizer
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -211,7 +211,8 @@ def clip_with_parts(
     def update(updates, state, params=None, **extra_args):
         require_state(state, ClipByUpdateRatioState, "clip_by_update_ratio")
         split = float_leaves(updates, gradient_like(params), count=num_rows(state))
-        axes = resolve_axes(axis_name, split.paths, split.arrays)
+        also = parameters(params) | state_of_optimizer(state.inner_state)
+        axes = resolve_axes(axis_name, split.paths, split.arrays, also=also)
         groups = groups_of(split)
         measured = measure(
             split.arrays,

@@ -13,7 +13,14 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import increment, tree_where
-from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes, resolve_axes_at_init
+from optax_guard._core.axes import (
+    AxisName,
+    MeshAxes,
+    parameters,
+    resolve_axes,
+    resolve_axes_at_init,
+    state_of_optimizer,
+)
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -182,7 +189,9 @@ def guard(
         value = _checked_value(extra_args.get("value"))
         num_rows = rows_of(state, 0, 0).stop
         gradients = float_leaves(updates, gradient_like(params), count=num_rows)
-        axes = resolve_axes(axis_name, gradients.paths, gradients.arrays, also={"value=": value})
+        also = parameters(params) | state_of_optimizer(state.inner_state)
+        also["The loss passed as value="] = value
+        axes = resolve_axes(axis_name, gradients.paths, gradients.arrays, also=also)
         value = None if value is None else axes.mean(value)
 
         proposal = propose(inner_update, gradients, state.inner_state, params, extra_args)

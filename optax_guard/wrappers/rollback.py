@@ -149,7 +149,7 @@ def rollback(
         require_state(state, RollbackState, "rollback")
         require_params(params, "rollback", "takes snapshots of the parameters")
         split = float_leaves(params)
-        axes = resolve_axes(axis_name, split.paths, split.arrays)
+        axes = resolve_axes(axis_name, split.paths, split.arrays, what="parameter")
         # Traced twice: of this one only the verdict is used, and XLA drops the rest. To know it
         # before anything of the old state is overwritten saves copies of all of that.
         judged = inner_update(updates, state.inner_state, params, **extra_args)
