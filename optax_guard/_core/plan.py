@@ -179,9 +179,31 @@ def _program(
     return Program(jaxpr, tuple(is_input))
 
 
+# Zero wherever all operands are.
+_KEEP_ZERO = frozenset(
+    {
+        *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy"),
+        *("copy_p", "neg", "optimization_barrier", "pcast", "pvary", "reduce_sum", "reshape"),
+        *("reshard", "sharding_constraint", "sign", "slice", "squeeze", "stop_gradient", "sub"),
+        "transpose",
+    }
+)
+_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+
+
 def _always_zero(jaxpr: core.Jaxpr, num_updates: int) -> frozenset[int]:
-    """Which updates are made of a literal zero, as ``optax.set_to_zero`` makes them."""
-    zeros: set[core.Var] = set()
+    """Which updates are zero whatever the arguments, as ``optax.set_to_zero`` makes them.
+
+    A zero stays one times a number that is known and finite; times an unknown one it may be NaN.
+    """
+    is_zero = _zeros(jaxpr, [False] * len(jaxpr.invars))
+    return frozenset(place for place, flag in enumerate(is_zero[:num_updates]) if flag)
+
+
+def _zeros(jaxpr: core.Jaxpr, is_input_zero: Sequence[bool]) -> list[bool]:
+    """Which outputs are always zero if these inputs are."""
+    pairs = zip(jaxpr.invars, is_input_zero, strict=True)
+    zeros: set[Any] = {var for var, flag in pairs if flag}
 
     def is_zero(atom):
         if isinstance(atom, core.Literal):
@@ -189,11 +211,26 @@ def _always_zero(jaxpr: core.Jaxpr, num_updates: int) -> frozenset[int]:
         return atom in zeros
 
     for equation in jaxpr.eqns:
-        # The latter two for the types of ``shard_map``.
-        is_copy = equation.primitive.name in ("broadcast_in_dim", "pvary", "pcast")
-        if is_copy and is_zero(equation.invars[0]):
-            zeros.update(equation.outvars)
-    return frozenset(place for place, x in enumerate(jaxpr.outvars[:num_updates]) if is_zero(x))
+        operands = equation.invars
+        name, flags = equation.primitive.name, [is_zero(atom) for atom in operands]
+        if not any(flags):
+            continue
+        body = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if name in _CALLS and isinstance(body, core.ClosedJaxpr):
+            found = _zeros(body.jaxpr, flags)
+        elif name in ("mul", "div"):
+            is_product = name == "mul" and flags[-1] and _is_finite_literal(operands[0])
+            is_quotient = flags[0] and not flags[-1] and _is_finite_literal(operands[-1])
+            found = [is_product or is_quotient or (name == "mul" and all(flags))]
+        else:  # which of its cases a select takes does not matter
+            found = [all(flags[1:] if name == "select_n" else flags)] * len(equation.outvars)
+            found = found if name in _KEEP_ZERO or name == "select_n" else [False] * len(found)
+        zeros.update(var for var, flag in zip(equation.outvars, found, strict=True) if flag)
+    return list(map(is_zero, jaxpr.outvars))
+
+
+def _is_finite_literal(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and bool(np.all(np.isfinite(atom.val)))
 
 
 def _as_argument(leaf: Any) -> Any:
