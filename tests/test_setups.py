@@ -165,6 +165,118 @@ def test_a_loss_may_vary_where_the_gradients_do_not():
         loss_of_each_device(og.guard(optax.sgd(1.0)), jnp.arange(4.0))
 
 
+PER_LEAF = {"down": "model", "up": None}
+DEALT_OUT = {"down": P("model"), "up": P(None, "model")}
+MATRICES = {name: BLOCK[name] for name in PER_LEAF}
+SPIKES = [
+    jax.tree.map(lambda leaf, factor=factor: factor * leaf, MATRICES) for factor in (1.0, 9.0)
+]
+
+
+def updates_of(tx: Any, steps: Any = SPIKES) -> list[Any]:
+    state, found = tx.init(steps[0]), []
+    for gradients in steps:
+        updates, state = tx.update(gradients, state, gradients)
+        found.append(updates)
+    return [*found, og.metrics(state)]
+
+
+@pytest.mark.parametrize("make", [og.clip_by_percentile, og.clip_by_ema])
+def test_a_callable_leaves_out_the_axis_that_deals_units_out_to_the_devices(make):
+    # Each device has half of the rows of one kernel, and half of the units of the other.
+    steps = ([DEALT_OUT] * len(SPIKES),)
+    options = {"in_specs": steps, "out_specs": [*steps[0], P()]}
+    tx = make(scope="unit", axis_name=lambda path, leaf: PER_LEAF[path])
+    mapped = jax.shard_map(lambda s: updates_of(tx, s), mesh=line_of_devices(), **options)
+    expected = jax.jit(lambda s: updates_of(make(scope="unit"), s))(SPIKES)
+    assertions.assert_close(jax.jit(mapped)(SPIKES), expected, rtol=ROUNDING)
+
+
+def trace_in(
+    tx: Any, layout: Any, gradients: Any = BLOCK, params: Any = None, params_layout: Any = None
+) -> Any:
+    """Traces an update inside ``shard_map``, which is where types tell."""
+    state = tx.init(gradients)
+
+    def step(gradients, params):
+        return tx.update(gradients, state, params)[0]
+
+    params, params_layout = params or gradients, params_layout or layout
+    specs = {"in_specs": (layout, params_layout), "out_specs": layout}
+    return jax.make_jaxpr(jax.shard_map(step, mesh=line_of_devices(), **specs))(gradients, params)
+
+
+@pytest.mark.parametrize("make", [og.guard, lambda tx, **kw: optax.chain(og.clip_by_rms(**kw), tx)])
+def test_a_callable_that_contradicts_the_types_is_refused(make):
+    tx = make(optax.sgd(1.0), axis_name=lambda path, leaf: PER_LEAF.get(path))
+    with pytest.raises(
+        ValueError, match=r"'up' differs .*'model', but axis_name\('up', leaf\) says"
+    ):
+        trace_in(tx, LAYOUTS["mixed"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        og.guard,
+        og.stabilize,
+        lambda tx: og.rollback(og.guard(tx)),
+        lambda tx: optax.chain(og.clip_by_param_norm(), tx),
+        lambda tx: optax.chain(tx, og.clip_by_relative_change()),
+    ],
+    ids=["guard", "stabilize", "rollback", "param_norm", "relative_change"],
+)
+def test_parameters_that_vary_where_gradients_do_not_are_named(make):
+    # As of the parameters that were made to vary so that each device has gradients of its own.
+    with pytest.raises(ValueError, match=r"The parameter 'down' differs .*'model'.*axis_name"):
+        trace_in(make(optax.sgd(0.1)), P(), params=BLOCK, params_layout=LAYOUTS["mixed"])
+
+
+@pytest.mark.parametrize("name", ["clip_by_max_ema", "clip_by_relative_change"])
+def test_a_maximum_over_an_unnamed_axis_is_refused(name):
+    with pytest.raises(ValueError, match=r"'down' differs .*pass axis_name='model'"):
+        trace_in(getattr(og, name)(), LAYOUTS["sharded"])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_elementwise_rules_count_alike_on_all_devices(check_vma):
+    layout = LAYOUTS["mixed"]
+    axis_name = None if check_vma else names_of(layout)
+    tx = og.zero_nonfinite(scope="leaf", axis_name=axis_name)
+    bad = BLOCK | {"up": BLOCK["up"].at[3, 7].set(jnp.nan)}
+
+    def step(gradients):
+        return tx.update(gradients, tx.init(gradients))
+
+    specs = {"in_specs": (layout,), "out_specs": (layout, P()), "check_vma": check_vma}
+    updates, state = jax.jit(jax.shard_map(step, mesh=line_of_devices(), **specs))(bad)
+    assertions.assert_same_bits(updates, BLOCK | {"up": jnp.zeros((4, 8))})
+    assert (int(state.zeroed_steps_total), int(state.zeroed_elements_total)) == (1, 32)
+
+
+def test_layers_that_are_dealt_out_do_not_fit_the_state_of_all():
+    tx = og.guard(optax.sgd(1.0), stacked=lambda path, leaf: path == "down", axis_name="model")
+    layout, state = LAYOUTS["sharded"], tx.init(BLOCK)
+    specs = {"in_specs": (layout, P()), "out_specs": (layout, P())}
+    with pytest.raises(ValueError, match=r"for 10 norms, these gradients have 4.*stacked="):
+        jax.shard_map(tx.update, mesh=line_of_devices(), **specs)(BLOCK, state)
+
+
+@pytest.mark.parametrize("make", [og.guard, lambda tx, **kw: og.rollback(og.guard(tx, **kw), **kw)])
+def test_some_axes_of_an_explicit_mesh_may_be_left_to_jit(make):
+    mesh = jax.make_mesh((2, 2), ("model", "y"), axis_types=(AxisType.Explicit,) * 2)
+    tx = make(optax.sgd(0.1), axis_name="model")
+    gradients = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P("model", "y")))
+    with jax.set_mesh(mesh):
+        step = jax.shard_map(
+            lambda g: tx.update(g, tx.init(g), g)[0],
+            in_specs=P("model"),
+            out_specs=P("model"),
+            axis_names={"model"},
+        )
+        assert jax.eval_shape(jax.jit(step), gradients).shape == (4, 4)
+
+
 # Under jit on a mesh whose axes are explicit, the default of jax.make_mesh since JAX 0.9
 
 FORMS = {
@@ -257,6 +369,26 @@ def test_a_gradient_that_reaches_no_output_is_neither_measured_nor_judged(freeze
     assertions.assert_same_bits(updates, jax.tree.map(lambda leaf: -0.0 * leaf, LAYERS))
 
 
+def test_updates_behind_a_frozen_gradient_are_zero_unless_they_may_be_nan():
+    params = {"frozen": jnp.ones((5, 7)), "trained": jnp.eye(4)}
+
+    def frozen_first(*rest):
+        return og.guard(optax.chain(optax.freeze(IS_FROZEN), *rest))
+
+    def selects_of_frozen(*rest):
+        tx = frozen_first(*rest)
+        jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+        return str(jaxpr).count(":f32[5,7] = select_n")
+
+    for optimizer in (optax.sgd(0.1), optax.sign_sgd(0.1), optax.scale(-1.0)):
+        assert selects_of_frozen(optimizer) == 0
+    for optimizer in (optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)):
+        assert selects_of_frozen(optimizer) > 0
+    tx = frozen_first(optax.scale(jnp.inf))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params))
+    assert np.all(np.isnan(updates["frozen"]))
+
+
 def test_what_a_rule_remembers_of_a_frozen_gradient_is_used():
     # A moment of it is an output, though no update follows from it.
     tx = og.guard(FREEZES["freeze at last"](optax.sgd(1.0, momentum=0.9)))
@@ -282,6 +414,15 @@ def test_gradients_may_be_none_where_there_is_a_parameter(protection):
     _, state = step(good | {"second": jnp.array([0.0, jnp.nan, 0.0])}, state, *given)
     assert state.last_fault_leaves.tolist() == [False, True, False]
     assert "non-finite: second" in og.explain(state, params)
+
+
+def test_the_default_clip_wants_the_parameters_where_gradients_are_none():
+    params = {"first": jnp.ones((2, 3)), "second": jnp.ones(3)}
+    tx = og.stabilize(optax.sgd(0.1))
+    with pytest.raises(
+        ValueError, match=r"needs the parameters where gradients are None.*params\)"
+    ):
+        tx.update({"first": None, "second": jnp.ones(3)}, tx.init(params))
 
 
 @pytest.mark.parametrize("protection", PROTECTIONS)
@@ -325,6 +466,32 @@ def test_a_mask_of_minus_infinity_does_not_stop_a_check_of_updates():
     assert int(state.skipped_total) == 0
 
 
+def test_a_mask_of_minus_infinity_does_not_lift_a_limit_that_knows_parameters():
+    params = {"mask": jnp.array([0.0, -jnp.inf]), "w": jnp.array([[3.0], [4.0]])}
+    gradients = {"mask": jnp.zeros(2), "w": jnp.array([[30.0], [40.0]])}
+    tx = og.clip_by_param_norm(0.1, scope="global")  # a tenth of 5
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [[0.3], [0.4]], rtol=ROUNDING)
+    tx = og.clip_params_by_norm(2.5, scope="global")
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [[-1.5], [-2.0]], rtol=ROUNDING)
+    assert not np.any(updates["mask"]) and int(state.clipped_total) == 1
+
+
+# Accumulation
+
+
+def test_the_default_clip_in_front_of_apply_every_is_refused():
+    with pytest.raises(ValueError, match=r"chain\(og.stabilize\(optimizer\), optax.apply_every\(k"):
+        og.stabilize(optax.chain(optax.sgd(0.1), optax.apply_every(4))).init(LAYERS)
+    tx = optax.chain(og.stabilize(optax.sgd(0.1)), optax.apply_every(2))
+    step, state = jax.jit(tx.update), tx.init(LAYERS)
+    good = {"frozen": jnp.zeros((4, 4)), "trained": jnp.full((4, 4), 1e-3)}
+    for factor, total in ((1.0, 0.0), (np.nan, -1e-4)):
+        updates, state = step(jax.tree.map(lambda x, f=factor: f * x, good), state, LAYERS)
+        np.testing.assert_allclose(updates["trained"], np.full((4, 4), total), rtol=ROUNDING)
+
+
 # The loss
 
 PARAMS = GRADIENTS = {"w": jnp.ones(3)}
@@ -341,7 +508,7 @@ def update_with(tx: Any, **extra_args: Any) -> Any:
 )
 def test_a_condition_on_a_loss_that_never_comes_is_an_error(extra_args, what):
     tx = og.guard(optax.sgd(0.1), skip_if=og.spike(of="value"))
-    with pytest.raises(ValueError, match=f"without value=; it got {what}.*value=loss"):
+    with pytest.raises(ValueError, match=f"without value=; it got {what}.*value=loss.*TrainState"):
         update_with(tx, **extra_args)
 
 
@@ -351,8 +518,10 @@ def test_a_condition_on_a_loss_that_never_comes_is_an_error(extra_args, what):
     ids=["vector", "array of one", "with aux", "complex", "word"],
 )
 def test_a_loss_that_is_no_real_scalar_is_an_error(value):
-    with pytest.raises(TypeError, match="value= must be the loss, a real scalar"):
+    with pytest.raises(TypeError, match="value= must be the loss, a real scalar") as caught:
         update_with(og.guard(optax.sgd(0.1)), value=value)
+    is_complex = isinstance(value, jax.Array) and value.dtype == jnp.complex64
+    assert ("is complex" in str(caught.value)) == is_complex
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def resolve_axes(
         names = _as_tuple(axis_name)
     elif may_be_kept:
         names = tuple(dict.fromkeys([*names, *sorted(frozenset().union(*map(_varying, leaves)))]))
-    called = {f"The {what} {path!r}": leaf for path, leaf in zip(paths, leaves, strict=True)}
+    called = {_name(f"The {what}", path): leaf for path, leaf in zip(paths, leaves, strict=True)}
     _check_varying(names, called | dict(also or {}))
     if not names:
         return NO_AXES
@@ -241,18 +241,32 @@ def _types_tell(name: str) -> bool:
 
 def parameters(params: Any) -> dict[str, Any]:
     """For ``also`` of ``resolve_axes``: the float leaves of the parameters."""
-    return _called("The parameter {!r}", params)
+    return _called("The parameter", params)
 
 
 def state_of_optimizer(state: Any) -> dict[str, Any]:
     """The same of the state of a wrapped optimizer."""
-    return _called("The optimizer's state at {!r}", state)
+    return _called("The optimizer's state", state)
 
 
-def _called(form: str, tree: Any) -> dict[str, Any]:
+def no_elements(leaf: Any) -> Any:
+    """A float array without elements that varies over the same mesh axes; others as they are."""
+    if not is_inexact(leaf):
+        return leaf
+    nothing = jnp.zeros((0,), leaf.dtype)
+    for name in sorted(_varying(leaf)):
+        nothing = nothing + 0 * lax.axis_index(name).astype(leaf.dtype)
+    return nothing
+
+
+def _name(what: str, path: str) -> str:
+    return f"{what} {path!r}" if path else what  # a bare array has none
+
+
+def _called(what: str, tree: Any) -> dict[str, Any]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
-        form.format(jax.tree_util.keystr(path, simple=True, separator="/")): leaf
+        _name(what, jax.tree_util.keystr(path, simple=True, separator="/")): leaf
         for path, leaf in flat
         if is_inexact(leaf) and _varying(leaf)
     }

@@ -36,7 +36,7 @@ def clip_params_by_norm(
     ``optax.apply_updates`` then gives norms of at most ``max_norm``, to one rounding of its
     addition in each element. Groups that start outside are brought in by the first step.
     Non-finite updates pass unchanged, with the whole of their group, so that a guard can see them,
-    and leave the state as it was.
+    and leave the state as it was; a parameter that is not finite is left alone.
 
     With ``"unit"`` a bias vector is one group, too. To leave biases and scales alone::
 
@@ -107,14 +107,17 @@ def clip_params_by_norm(
 
 
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
-    """Where the update leads, in float32 at least; a finite sum past its range is cut to it."""
+    """Where the update leads, in float32 at least; a finite sum past its range is cut to it.
+
+    A parameter that is not finite, such as a mask of -inf, adds nothing to its norm.
+    """
     wide = promote(param.dtype, update.dtype, jnp.float32)
     param, update = param.astype(wide), update.astype(wide)
     if jnp.iscomplexobj(param):
         return lax.complex(_sum(param.real, update.real), _sum(param.imag, update.imag))
     most = jnp.finfo(wide).max
-    is_finite = jnp.isfinite(param) & jnp.isfinite(update)
-    return jnp.where(is_finite, jnp.clip(param + update, -most, most), param + update)
+    moved = jnp.where(jnp.isfinite(param), jnp.clip(param + update, -most, most), 0)
+    return jnp.where(jnp.isfinite(update), moved, update)
 
 
 def _hold(update: jax.Array, param: jax.Array, moved: jax.Array, projected: jax.Array) -> jax.Array:

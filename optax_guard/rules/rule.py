@@ -30,7 +30,7 @@ from optax_guard._core.axes import (
 from optax_guard._core.batches import can_be_flat
 from optax_guard._core.checks import check_axis_name, check_scope
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
-from optax_guard._core.measure import Measurement, measure
+from optax_guard._core.measure import Measurement, combine, measure
 from optax_guard._core.rescale import Scaling, rescale_and_split
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.transformation import require_params, require_state, transformation
@@ -262,13 +262,21 @@ def _contexts(
     if rule.needs_params:
         require_params(params, name, "compares updates with parameters")
         # Zero biases would be read a second time, to tell their norm from 1e-30, at every step.
-        param_norms = measure(
+        measured = measure(
             split.matching(params),
             groups,
             axes=axes,
             is_used=split.is_present,
             small_norms_matter=jnp.asarray(rule.param_norm_floor) < _SMALL_NORM,
-        ).norms
+        )
+        param_norms = measured.norms
+        if groups.kind == "global":
+            # A mask of -inf among them must not lift the limit for all.
+            is_infinite = ~measured.leaf_finite & jnp.isinf(measured.leaf_norms)
+            rest = combine(
+                jnp.where(is_infinite, 0, measured.leaf_norms), measured.leaf_finite | is_infinite
+            )
+            param_norms = [jnp.where(jnp.any(is_infinite), rest, measured.norm)]
     return [Context(step, param_norms=norms) for norms in param_norms]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_guard._core.axes import no_elements
 from optax_guard._core.finite import any_nonfinite, is_nonfinite, stack_flags
 
 
@@ -46,5 +47,5 @@ class LookIf(NamedTuple):
 
 def _find_nothing(watched: Watched) -> jax.Array:
     """False, of the mesh axes that ``find`` varies over: it looks at no element."""
-    nothing = [leaf.reshape(-1)[:0] for leaf in (*watched.params, *watched.inner_state)]
+    nothing = map(no_elements, (*watched.params, *watched.inner_state))
     return jnp.any(stack_flags([is_nonfinite(leaf) for leaf in nothing]))

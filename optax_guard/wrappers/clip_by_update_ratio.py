@@ -24,7 +24,7 @@ from optax_guard._core.measure import measure
 from optax_guard._core.rescale import Scaling, rescale
 from optax_guard._core.states import counted
 from optax_guard._core.statistics import FirstNorms, add_to_first, no_first_norms
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import require_params, require_state, transformation
 from optax_guard._core.trees import float_leaves, strong
 from optax_guard.wrappers._probe import Probe
 from optax_guard.wrappers._update_ratio import (
@@ -115,14 +115,14 @@ def clip_by_update_ratio(
       factory make the optimizer:
       ``inject_hyperparams(lambda max_ratio: clip_by_update_ratio(sgd, max_ratio=max_ratio))``.
       To accumulate gradients, write ``optax.MultiSteps(clip_by_update_ratio(...), k)``; the other
-      way round is refused by ``init``.
+      way round is refused by ``init``, as is ``optax.apply_every`` in ``optimizer``.
       Cost: one read of the gradients, which a guard around it shares; in the steps that measure
       three more evaluations of ``optimizer`` (in all steps under ``vmap``), which make compiling
       longer; 840 bytes of state, 12 more for each array.
 
     Raises:
       ValueError: if a number is not positive, NaN or no scalar, or a count is out of range; from
-        ``init``, around ``optax.MultiSteps``.
+        ``init``, around ``optax.MultiSteps`` or ``optax.apply_every``.
       TypeError: if an argument has the wrong type.
 
     Example:
@@ -187,7 +187,7 @@ def clip_with_parts(
         groups = groups_of(split)
         norms = initial_norms(split, groups, axis_name)
         inner_state = jax.tree.map(strong, optimizer.init(params))
-        _refuse_multi_steps(inner_state)
+        _refuse_accumulation(inner_state)
         first = no_first_norms(groups.blocks[0], warmup_steps)
         return ClipByUpdateRatioState.pack(
             inner_state=inner_state,
@@ -211,6 +211,9 @@ def clip_with_parts(
     def update(updates, state, params=None, **extra_args):
         require_state(state, ClipByUpdateRatioState, "clip_by_update_ratio")
         split = float_leaves(updates, gradient_like(params), count=num_rows(state))
+        if not all(split.is_present):
+            purpose = "needs the parameters where gradients are None"
+            require_params(params, "clip_by_update_ratio", purpose)
         also = parameters(params) | state_of_optimizer(state.inner_state)
         axes = resolve_axes(axis_name, split.paths, split.arrays, also=also)
         groups = groups_of(split)
@@ -282,17 +285,22 @@ def clip_with_parts(
     return transformation(init, update)
 
 
-def _refuse_multi_steps(inner_state: Any) -> None:
-    """Its updates are zero but for the last of a window, so they tell no response."""
-
-    def is_accumulating(node):
-        return isinstance(node, optax.MultiStepsState)
-
-    nodes = jax.tree.leaves(inner_state, is_leaf=is_accumulating)
-    if any(map(is_accumulating, nodes)):
+def _refuse_accumulation(inner_state: Any) -> None:
+    """Updates that are zero but for the last of a window tell no response."""
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
+    name = next((type(node).__name__ for node in nodes if isinstance(node, kinds)), None)
+    start = "clip_by_update_ratio, the default clip of stabilize, cannot see what optax."
+    if name == "MultiStepsState":
         raise ValueError(
-            "clip_by_update_ratio, the default clip of stabilize, cannot see what optax.MultiSteps "
-            "will do with a micro-batch. Write optax.MultiSteps(og.stabilize(optimizer), k) "
-            "instead of og.stabilize(optax.MultiSteps(optimizer, k)), and "
+            f"{start}MultiSteps will do with a micro-batch. Write "
+            "optax.MultiSteps(og.stabilize(optimizer), k) instead of "
+            "og.stabilize(optax.MultiSteps(optimizer, k)), and "
             "should_skip_update_fn=og.skip_microbatch to leave out bad micro-batches."
+        )
+    if name is not None:
+        raise ValueError(
+            f"{start}apply_every will do with an update. Write "
+            "optax.chain(og.stabilize(optimizer), optax.apply_every(k)) instead of "
+            "og.stabilize(optax.chain(optimizer, optax.apply_every(k)))."
         )

@@ -97,7 +97,8 @@ def _missing_value(name: str, extra_args: dict[str, Any]) -> str:
     passed = ", ".join(f"{key}=" for key in extra_args if key != "value") or "no loss at all"
     return (
         f"The condition {name!r} judges the loss, but update() was called without value=; it got "
-        f"{passed}. Call update(grads, state, params, value=loss)."
+        f"{passed}. Call update(grads, state, params, value=loss). (Flax's "
+        "TrainState.apply_gradients passes no loss on: call state.tx.update yourself.)"
     )
 
 

@@ -249,7 +249,19 @@ def _read(case: Case, stacked: Stacked) -> tuple[Reader, Reading]:
     is_due = (state.guard_step % _RELOOK) == 0
     small_rows_matter = (state.leaf_norms != 0) | is_due
     reader = make_reader(case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look)
+    _check_rows(reader.call.groups, rows_of(state, 0, 0).stop)
     return reader, reader.read(case.proposal.arguments, small_rows_matter, case.watched)
+
+
+def _check_rows(groups: Groups, num_rows: int) -> None:
+    """The state must have been made for these arrays, or for them stacked in the same way."""
+    if sum(groups.rows) != num_rows:
+        raise ValueError(
+            f"This state of guard was made for {num_rows} norms, these gradients have "
+            f"{sum(groups.rows)}. Call init() with parameters of the shapes that update() "
+            "receives; inside shard_map an array that stacked= names must not be split along the "
+            "axes that stack its layers."
+        )
 
 
 def _checked_value(value: Any) -> jax.Array | None:
@@ -263,6 +275,7 @@ def _checked_value(value: Any) -> jax.Array | None:
     is_scalar = isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
     if not is_scalar or np.shape(value) != () or jnp.iscomplexobj(value):
         kind = f"an array of shape {np.shape(value)}" if is_scalar else type(value).__name__
+        kind = "complex" if is_scalar and np.shape(value) == () else kind
         raise TypeError(
             f"value= must be the loss, a real scalar, but is {kind}. Pass its mean, as in "
             "update(grads, state, params, value=loss.mean()); of (loss, aux) only the loss."

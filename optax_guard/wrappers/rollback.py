@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from optax_guard._core.arrays import increment, update_towards
-from optax_guard._core.axes import AxisName, MeshAxes, resolve_axes
+from optax_guard._core.axes import AxisName, MeshAxes, no_elements, resolve_axes
 from optax_guard._core.checks import check_axis_name, check_count, check_transformation
 from optax_guard._core.find import optimizer_part, with_optimizer_part
 from optax_guard._core.finite import is_nonfinite, stack_flags
@@ -250,7 +250,9 @@ def _take_snapshot(
 
     def count_none(new, old):
         # On mesh axes of the type that ``count_bad`` has, of which every array takes part.
-        return count_bad(*_without_elements((new, old))) if axes.names else jnp.zeros((), jnp.int32)
+        if not axes.names:
+            return jnp.zeros((), jnp.int32)
+        return count_bad(*jax.tree.map(no_elements, (new, old)))
 
     num_bad = lax.cond(is_due, count_bad, count_none, new, old)
     is_taken = is_due & (axes.psum(num_bad) == 0)
@@ -260,11 +262,6 @@ def _take_snapshot(
         is_taken, lambda new, old: (new, new.state), lambda new, old: (old, new.state), new, old
     )
     return snapshot, with_optimizer_part(state.inner_state, passed), is_taken
-
-
-def _without_elements(tree: Any) -> Any:
-    """The same leaves without their elements."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:0], tree)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
