@@ -191,7 +191,7 @@ REST = {
         Case(
             lambda: og.limit_norms("mine", name="mine"),
             TypeError,
-            "rule must be an og.Rule(limit, init), got 'mine'.",
+            "rule must be an og.Rule(limit, init), got 'mine' of type str.",
         ),
         Case(
             lambda: og.limit_norms(og.Rule(max), name="my rule"),
@@ -221,9 +221,9 @@ REST = {
                 f"skip_if must be {CONDITIONS}, got {got}",
             )
             for value, got in (
-                (3, "3."),
-                ((og.norm_above(1.0), "x"), "(Condition(..."),
-                (og.spike, f"{og.spike!r}. Call it first, as in og.spike()."),
+                (3, "3 of type int. Write og.norm_above(3)."),
+                ((og.norm_above(1.0), "x"), "'x' of type str."),
+                (og.spike, f"{og.spike!r} of type function. Call it first: og.spike(...)."),
             )
         ),
         refused(with_sgd(og.guard), "max_consecutive_skips", 0, COUNT + " or None"),
@@ -242,7 +242,7 @@ REST = {
         Case(
             lambda: og.stabilize(SGD, clip=3),
             TypeError,
-            f"clip must be {TRANSFORMATION}, got 3 of type int.",
+            f"clip must be {TRANSFORMATION}, got 3 of type int. Write clip=og.clip_by_norm(3).",
         ),
         Case(
             lambda: og.stabilize(SGD, patience=3),
@@ -357,10 +357,10 @@ def test_traced_values_are_not_checked_but_traced_shapes_are(build):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: og.clip_by_norm(0.0),
+        lambda: og.clip_by_norm(1e-45),
         lambda: og.clip_by_norm(math.inf),
         lambda: og.clip_by_norm(np.int32(3)),
-        lambda: og.clip_by_zscore(decay=0.0, max_norm=0, min_std_ratio=0, eps=0, warmup_steps=1),
+        lambda: og.clip_by_zscore(decay=0.0, max_norm=1, min_std_ratio=0, eps=0, warmup_steps=1),
         lambda: og.clip_by_zscore(warmup_steps=np.int64(3), rebaseline_after=None),
         lambda: og.clip_by_norm(1.0, axis_name=("data", "model")),
         lambda: og.guard(SGD, max_consecutive_skips=None, skip_if=[og.norm_above(1)]),
@@ -368,7 +368,7 @@ def test_traced_values_are_not_checked_but_traced_shapes_are(build):
         lambda: og.dynamic_loss_scale(SGD, initial_scale=2.0, min_scale=2.0, max_scale=2.0),
         lambda: og.clip_params(-math.inf, np.int32(3)),
         lambda: og.clip_params(2, 2.0),
-        lambda: og.clip_params_by_norm(0),
+        lambda: og.clip_params_by_norm(1),
         lambda: og.add_l1(0),
     ],
 )

@@ -171,7 +171,14 @@ def resolve_axes(
     _check_varying(names, called | dict(also or {}))
     if not names:
         return NO_AXES
-    tells = {name: _types_tell(name) for name in names}
+    try:
+        tells = {name: _types_tell(name) for name in names}
+    except NameError as error:
+        raise NameError(
+            f"axis_name={axis_name!r} is for update() inside of jax.shard_map or jax.pmap over "
+            "that axis, and there is none around it. Under plain jit, sharded arrays included, "
+            "leave axis_name out."
+        ) from error
     of_leaves = tuple(
         tuple(name for name in own if not tells[name] or name in _varying(leaf))
         for own, leaf in zip(named, leaves, strict=True)

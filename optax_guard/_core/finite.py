@@ -26,6 +26,7 @@ def stack_flags(flags: Sequence[jax.Array]) -> jax.Array:
 
 def is_nonfinite(leaf: jax.Array) -> jax.Array:
     """Whether any element of an array is NaN or Inf."""
+    leaf = jnp.asarray(leaf)  # parameters may be Python numbers
     return ~jnp.isfinite(jnp.sum(_zero_or_nan(leaf)))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from optax_guard._core.calls import ToldError
 from optax_guard._core.listening import Heard, listen_for
 from optax_guard._core.sums import MeasureCall
 from optax_guard._core.trees import FloatLeaves, is_inexact, strong
@@ -249,14 +250,14 @@ def _check_state(old: Any, new: Any) -> None:
     old_leaves, old_treedef = jax.tree_util.tree_flatten_with_path(old)
     new_leaves, new_treedef = jax.tree.flatten(new)
     if old_treedef != new_treedef:
-        raise TypeError(
+        raise ToldError(
             "The wrapped optimizer changes the structure of its state in update(), so a skipped "
             "step could not restore it. Give it a state whose structure is fixed by init(). "
             f"From init(): {old_treedef}. From update(): {new_treedef}."
         )
     for (path, before), after in zip(old_leaves, new_leaves, strict=True):
         if np.shape(before) != after.shape:
-            raise TypeError(
+            raise ToldError(
                 f"The wrapped optimizer changes the shape of its state at "
                 f"{jax.tree_util.keystr(path)} from {np.shape(before)} to {after.shape}. Call "
                 "init() with parameters of the shapes that update() receives."

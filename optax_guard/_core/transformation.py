@@ -11,33 +11,78 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optax_guard._core.calls import (
+    ToldError,
+    check_arrays,
+    check_call,
+    check_params,
+    check_skeleton,
+    explain_failed_init,
+)
+from optax_guard._core.skeleton import shapes_of_init, skeleton, skeleton_of_init
 
-def transformation(init: Any, update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+
+def transformation(
+    name: str, state_type: type, init: Callable[[Any], Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
     """The transformation, whose ``update`` compiles itself once where nobody has compiled it.
 
     Many scripts put only the gradient under ``jit``. Step by step, the branches of an update would
     be compiled anew at every call, each leaving memory behind.
+
+    Args:
+      name: of the factory, for errors about wrong arguments.
+      state_type: what ``update`` takes as its state.
+      init: makes one.
+      update: of an Optax transformation with extra args.
     """
+    made: list[Any] = []  # the skeleton of what init makes, from its first call on
+
+    def checked(updates, state, params, **extra_args):
+        """``update``; in a compiled function all but that is done once, when it is traced."""
+        like_params = updates if params is None else params
+        own = made[0] if made else skeleton_of_init(init, like_params)
+        check_skeleton(name, own, state)
+        try:
+            return update(updates, state, params, **extra_args)
+        except ToldError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            check_arrays(name, shapes_of_init(init, like_params), state, error)
+            raise
 
     @functools.partial(jax.jit, static_argnums=4)
     def compiled(updates, state, params, dynamic, static):
-        return update(updates, state, params, **dynamic, **dict(static))
+        return checked(updates, state, params, **dynamic, **dict(static))
+
+    @functools.wraps(init)
+    def start(params):
+        check_params(name, params)
+        try:
+            state = init(params)
+        except (TypeError, AttributeError) as error:
+            explain_failed_init(name, params, error)
+            raise
+        made[:] = [skeleton(state)]
+        return state
 
     @functools.wraps(update)
-    def run(updates, state, params=None, **extra_args):
+    def run(updates, state, params=None, *rest, **extra_args):
+        check_call(name, state_type, updates, state, params, rest)
         arguments = (updates, state, params)
         if _all_concrete(arguments):
             dynamic, static = {}, []
-            for name, value in extra_args.items():
+            for key, value in extra_args.items():
                 if _all_concrete(value):
-                    dynamic[name] = value
+                    dynamic[key] = value
                 else:
-                    static.append((name, value))
+                    static.append((key, value))
             if all(map(_can_be_static, static)):
                 return compiled(*arguments, dynamic, tuple(static))
-        return update(updates, state, params, **extra_args)
+        return checked(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, run)
+    run.__qualname__ = f"{name}.<locals>.update"  # also of rules that share a factory
+    return optax.GradientTransformationExtraArgs(start, run)
 
 
 def _all_concrete(tree: Any) -> bool:
@@ -68,23 +113,3 @@ def require_params(params: Any, name: str, purpose: str) -> None:
             f"{name} {purpose}, but update() was called without params. Call "
             "update(updates, state, params)."
         )
-
-
-def require_state(state: Any, state_type: type, name: str, updates: Any = None) -> None:
-    """Raises unless ``state`` is one that this transformation made."""
-    if isinstance(state, state_type):
-        return
-    if isinstance(updates, state_type):
-        raise TypeError(
-            f"{name} was given its state first and the gradients second. Call "
-            "update(grads, state, params)."
-        )
-    kind = type(state).__name__
-    if callable(getattr(state, "update", None)) and callable(getattr(state, "init", None)):
-        kind += ", a transformation"
-    raise TypeError(
-        f"This state is of another transformation: {name} was given a {kind} where its own "
-        f"{state_type.__name__} belongs. Pass what {name}(...).init(params) or the last update() "
-        "returned; to carry a state over a change of the optimizer, "
-        "og.adopt(new_tx.init(params), old_state)."
-    )

@@ -68,6 +68,14 @@ class Node:
         return self.is_own and self.has("inner_state", "snapshot_params", "snapshot_state")
 
     @property
+    def is_multi_steps(self) -> bool:
+        """Whether it is the state of ``optax.MultiSteps``.
+
+        Its ``skip_state`` is the last answer of a function, and read by nobody but reports.
+        """
+        return self.has("mini_step", "gradient_step", "acc_grads", "skip_state")
+
+    @property
     def is_list(self) -> bool:
         """Whether its children are numbered."""
         return bool(self.children) and all(name.isdecimal() for name in self.children or ())
@@ -142,14 +150,16 @@ class Unit:
             return None
         if not set(node.children) <= set(self.node.children or ()):
             return None
+        free = {*self.open_fields, *(("skip_state",) if node.is_multi_steps else ())}
         found = node.leaves()
-        own = {path: leaf for path, leaf in found.items() if path[0] not in self.open_fields}
-        expected = {path for path in self.leaves if path[0] not in self.open_fields}
-        if set(own) != expected or not set(self.leaves) <= set(found):
+        own = {path for path in found if path[0] not in free}
+        expected = {path for path in self.leaves if path[0] not in free}
+        needed = {path: leaf for path, leaf in self.leaves.items() if path[0] != "skip_state"}
+        if own != expected or not set(needed) <= set(found):
             return None
-        if any(not same_shape(leaf, found[path]) for path, leaf in self.leaves.items()):
+        if any(not same_shape(leaf, found[path]) for path, leaf in needed.items()):
             return None
-        return {path: found[path] for path in self.leaves}
+        return {path: found[path] for path in needed}
 
 
 def same_shape(one: Node, other: Node) -> bool:

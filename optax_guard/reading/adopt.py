@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.calls import is_transformation
 from optax_guard._core.find import optimizer_part
 from optax_guard.reading._nodes import (
     Node,
@@ -61,7 +62,7 @@ def adopt(new_state: Any, old_state: Any) -> Any:
     Raises:
       ValueError: if a state of an optimizer in ``old_state`` holds arrays and has no counterpart;
         it is named. Nothing is carried then.
-      TypeError: if called inside ``jit``.
+      TypeError: if one of them is no state, or if called inside ``jit``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -73,6 +74,12 @@ def adopt(new_state: Any, old_state: Any) -> Any:
       (1, 0)
     """
     refuse_tracers("adopt", (new_state, old_state))
+    for name, state in (("new_state", new_state), ("old_state", old_state)):
+        if state is None or is_transformation(state):
+            raise TypeError(
+                f"{name} must be an optimizer state, got a {type(state).__name__}. Call "
+                "og.adopt(new_tx.init(params), old_state)."
+            )
     new, old = make_node(new_state), make_node(old_state)
     carrier = _Carrier()
     carrier.carry(new, old)
@@ -173,7 +180,8 @@ class _Carrier:
         """Raises if arrays of an optimizer have found no place."""
         lost: dict[str, list[str]] = {}
         for node in old.walk():
-            if node.children is None and node.path not in self.used and not is_in_own(old, node):
+            is_lost = node.children is None and node.path not in self.used
+            if is_lost and not is_in_own(old, node) and "skip_state" not in node.path:
                 owner = owner_of(old, node)
                 name = "/".join(node.path[len(owner.path) :]) or "an array"
                 shown = f"{name} {tuple(np.shape(node.source))}"

@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from optax_guard._core.calls import is_transformation
 from optax_guard._core.checks import check_number
 from optax_guard.reading._readings import Reading, from_gradients, from_state
-from optax_guard.reading.find import refuse_tracers
+from optax_guard.reading.find import no_state, refuse_tracers
 from optax_guard.reading.names import gradient_leaves
 from optax_guard.reading.tables import plain_table, short
 
@@ -160,6 +161,8 @@ def diagnose(
     check_number("vanishing_ratio", vanishing_ratio, maximum=exploding_ratio, open_maximum=True)
     check_number("dead_fraction", dead_fraction, maximum=1.0, open_minimum=True)
     refuse_tracers("diagnose", (grads_or_state, params))
+    if is_transformation(grads_or_state):
+        raise no_state(grads_or_state, "guard state")
     leaves = gradient_leaves(params)
     readings = from_state(grads_or_state, leaves)
     if readings is None:

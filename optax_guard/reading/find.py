@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optax_guard._core.calls import is_transformation
 from optax_guard._core.find import is_own_state
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.rollback import RollbackState
@@ -109,14 +110,25 @@ def find_outer_guards(opt_state: Any) -> list[Found]:
     return [found for found in guards if not any(isinstance(s, GuardState) for s in found.around)]
 
 
+def no_state(opt_state: Any, what: str) -> ValueError:
+    """The error for something without a state of the kind that is needed."""
+    kind = type(opt_state).__name__
+    if is_transformation(opt_state):
+        return ValueError(
+            f"No {what} was found in the given {kind}: that is the transformation. Pass its state, "
+            "which tx.init(params) and tx.update(...) return."
+        )
+    return ValueError(
+        f"No {what} was found in the given {kind}. Wrap the optimizer in og.guard(...) or "
+        "og.stabilize(...), and pass the optimizer state."
+    )
+
+
 def find_guards(opt_state: Any) -> list[Found]:
     """The guards in ``opt_state``, or an error that says what to do."""
     guards = [found for found in find_states(opt_state) if isinstance(found.state, GuardState)]
     if not guards:
-        raise ValueError(
-            f"No guard state was found in the given {type(opt_state).__name__}. Wrap the "
-            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state."
-        )
+        raise no_state(opt_state, "guard state")
     return guards
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._core.find import factory_name
+from optax_guard._core.checks import shown
+from optax_guard._core.find import factory_name, own_states
 from optax_guard._core.states import PackedState
 from optax_guard.reading.find import (
     Found,
@@ -18,6 +19,7 @@ from optax_guard.reading.find import (
     find_outer_guards,
     find_states,
     first_leaf,
+    no_state,
 )
 from optax_guard.reading.names import gradient_leaves, guard_rows
 from optax_guard.wrappers.guard_state import GuardState
@@ -60,13 +62,11 @@ def metrics(opt_state: Any, *, prefix: str = "guard/") -> dict[str, jax.Array]:
       >>> float(found["guard/grad_norm"]), int(found["guard/clip_by_norm/clipped_total"])
       (5.0, 1)
     """
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be text such as 'guard/', got {shown(prefix)}.")
     states = find_states(opt_state)
     if not states:
-        raise ValueError(
-            f"No state of optax_guard was found in the given {type(opt_state).__name__}. Wrap the "
-            "optimizer in og.guard(...) or og.stabilize(...), and pass the optimizer state: "
-            "og.metrics(opt_state)."
-        )
+        raise no_state(opt_state, "state of optax_guard")
     places = places_of(states, prefix)
     return {
         place + field: value
@@ -224,7 +224,7 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
       >>> og.select(jnp.array([True, False]), jnp.ones((2, 1)), jnp.zeros((2, 1)))
       Array([[1.], [0.]], dtype=float32)
     """
-    ok = jnp.asarray(ok)
+    ok = _as_verdict(ok)
     structures = jax.tree.structure(new), jax.tree.structure(old)
     if structures[0] != structures[1]:
         raise ValueError(
@@ -249,3 +249,21 @@ def select(ok: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(ok.reshape(ok.shape + (1,) * (len(shape) - ok.ndim)), after, before)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+def _as_verdict(ok: Any) -> jax.Array:
+    """``ok`` as a bool array.
+
+    Raises:
+      TypeError: if it is anything else, such as one of the trees or a loss.
+    """
+    is_array = isinstance(ok, (jax.Array, np.ndarray, np.generic, bool))
+    dtype = jnp.asarray(ok).dtype if is_array else None
+    if dtype is None or not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+        kind = f"an array of {dtype}" if is_array else f"a {type(ok).__name__}"
+        hint = ", which og.step_ok gives for it" if not is_array and own_states(ok) else ""
+        raise TypeError(
+            f"ok must be a bool array{hint}, but is {kind}. Call og.select(ok, new, old) with "
+            "ok = og.step_ok(opt_state)."
+        )
+    return jnp.asarray(ok).astype(jnp.bool_)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from optax_guard._core.calls import is_transformation
 from optax_guard._core.find import is_own_state
 
 
@@ -29,12 +30,20 @@ def unwrap(opt_state: Any) -> Any:
       The same arrays without those of the wrappers. Callable under ``jit``. It cannot be given to
       ``update``.
 
+    Raises:
+      TypeError: if it is given the transformation.
+
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
       >>> tx = og.guard(optax.inject_hyperparams(optax.adam)(learning_rate=0.5))
       >>> float(og.unwrap(tx.init(jnp.zeros(2))).hyperparams["learning_rate"])
       0.5
     """
+    if is_transformation(opt_state):
+        raise TypeError(
+            f"unwrap takes an optimizer state, but got a {type(opt_state).__name__}, the "
+            "transformation. Pass what its init(params) or update(...) returned."
+        )
 
     def strip(node):
         return unwrap(node.inner_state) if _wraps(node) else node

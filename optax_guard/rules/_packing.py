@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.calls import ToldError
 from optax_guard._core.groups import Groups
 
 MOST_COUNTED = 2**24  # whole numbers up to it are exact in float32
@@ -51,7 +52,7 @@ def unpack_all(init: Any, history: Any, groups: Groups, name: str) -> list[Any]:
     ]
     shapes = [[leaf.shape for leaf in jax.tree.leaves(part)] for part in (list(packed), expected)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
+        raise ToldError(
             f"This state of {name} was made for other arrays, or with other arguments: its "
             f"history has the shapes {shapes[0]}, these updates and arguments need {shapes[1]}. "
             "Make a new one with init(params); where gradients are None, pass params to update()."

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_guard._core.arrays import increment, promote, tree_where
 from optax_guard._core.axes import AxisName, axes_of_elements
-from optax_guard._core.checks import check_axis_name, check_number
+from optax_guard._core.checks import check_axis_name, check_number, shown
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules.rule import value_at
 
@@ -70,7 +71,7 @@ def add_l1(
     Raises:
       ValueError: if ``strength`` is negative, not finite or no scalar; from ``update``, if it is
         called without ``params``.
-      TypeError: if ``strength`` is no number.
+      TypeError: if ``strength`` is no number, or ``mask`` no tree of bools.
 
     Example:
       >>> import jax.numpy as jnp, optax_guard as og
@@ -92,7 +93,6 @@ def add_l1(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, AddL1State, "add_l1")
         require_params(params, "add_l1", "adds a function of the parameters")
         split = float_leaves(updates)
         arrays = [
@@ -106,12 +106,23 @@ def add_l1(
         new_state = AddL1State(increment(state.steps))
         return split.replace(arrays), tree_where(is_finite, new_state, state)
 
-    everywhere = transformation(init, update)
+    if mask is not None and not callable(mask) and not _are_flags(mask):
+        raise TypeError(
+            "mask must be a pytree of bools with the structure of the parameters, or a callable "
+            f"params -> such a tree, got {shown(mask)}."
+        )
+    everywhere = transformation("add_l1", AddL1State, init, update)
     return everywhere if mask is None else optax.masked(everywhere, mask)
+
+
+def _are_flags(mask: Any) -> bool:
+    return all(isinstance(flag, (bool, np.bool_)) for flag in jax.tree.leaves(mask))
 
 
 def _pulled(update: jax.Array, param: jax.Array, strength: Any, step: jax.Array) -> jax.Array:
     wide = promote(update.dtype, param.dtype, jnp.float32)
-    pull = value_at(strength, step, jnp.finfo(wide).dtype) * jnp.sign(param).astype(wide)
+    pull = value_at(strength, step, jnp.finfo(wide).dtype, "strength") * jnp.sign(param).astype(
+        wide
+    )
     pulled = (update.astype(wide) + pull).astype(update.dtype)
     return jnp.where(param == 0, update, pulled)  # keeps every bit, the sign of zero included

@@ -9,7 +9,14 @@ import optax
 
 from optax_guard._core.arrays import increment
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_count, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_count,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import follow_shift, moving_average, unless, zero_moments
 from optax_guard.rules.rule import Rule, limit_norms, value_at
@@ -82,6 +89,7 @@ def clip_by_ema(
       an array for good there), non-finite ones too; a lasting change of level is accepted.
     """
     check_number("ratio", ratio, open_maximum=True)
+    warn_of_zero("ratio", ratio, STOPS_TRAINING)
     check_scope(scope)
     check_number("decay", decay, maximum=1.0, open_maximum=True)
     check_count("warmup_steps", warmup_steps)

@@ -17,7 +17,7 @@ from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.statistics import corrected_weight, moving_average
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules._packing import MOST_COUNTED
 from optax_guard.rules.rule import value_at
@@ -81,7 +81,6 @@ def clip_by_max_ema(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, state_type, "clip_by_max_ema")
         count, mean = state.history
         split = float_leaves(updates, params, count=len(count))
         axes = resolve_axes(axis_name, split.paths, split.arrays)
@@ -114,7 +113,7 @@ def clip_by_max_ema(
         arrays = _cut(split.arrays, is_spike, means, factors)
         return split.replace(arrays), tree_where(jnp.all(is_finite), new_state, state)
 
-    return transformation(init, update)
+    return transformation("clip_by_max_ema", state_type, init, update)
 
 
 def _largest(leaf: jax.Array, dtype: Any) -> jax.Array:

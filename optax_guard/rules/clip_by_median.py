@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_count, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_count,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import add_to_first, no_first_norms
 from optax_guard.rules.rule import Rule, limit_norms, value_at
@@ -84,6 +91,7 @@ def clip_by_median(
       threshold from the average norm over many updates.
     """
     check_number("ratio", ratio, open_maximum=True)
+    warn_of_zero("ratio", ratio, STOPS_TRAINING)
     check_scope(scope)
     check_count("warmup_steps", warmup_steps)
     check_count("observe_steps", observe_steps, minimum=0)

@@ -7,7 +7,13 @@ from typing import Any
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard.rules.rule import Rule, limit_norms, value_at
 
@@ -59,14 +65,15 @@ def clip_by_norm(
       <https://arxiv.org/abs/1211.5063>`_, 2013.
     """
     check_number("max_norm", max_norm, schedule=True)
+    warn_of_zero("max_norm", max_norm, STOPS_TRAINING)
     check_scope(scope)
     check_axis_name(axis_name)
 
     def limit(norms, history, context):
-        return value_at(max_norm, context.step, norms.dtype), history
+        return value_at(max_norm, context.step, norms.dtype, "max_norm"), history
 
     rule = Rule(
         limit,
-        smallest_limit=lambda context: value_at(max_norm, context.step, "float32"),
+        smallest_limit=lambda context: value_at(max_norm, context.step, "float32", "max_norm"),
     )
     return limit_norms(rule, name="clip_by_norm", scope=scope, axis_name=axis_name)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard.rules.rule import Rule, limit_norms, value_at
 
@@ -87,6 +93,7 @@ def clip_by_param_norm(
       but for float16, where that one gives NaN from finite inputs.
     """
     check_number("ratio", ratio, open_maximum=True)
+    warn_of_zero("ratio", ratio, STOPS_TRAINING)
     check_scope(scope)
     check_number("eps", eps, open_maximum=True)
     check_axis_name(axis_name)

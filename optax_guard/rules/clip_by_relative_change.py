@@ -17,7 +17,7 @@ from optax_guard._core.groups import make_groups, stack
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import RANGES, Scaling, rescale
 from optax_guard._core.states import count_step, rule_state, start_counting
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves
 
 
@@ -79,7 +79,6 @@ def clip_by_relative_change(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, state_type, "clip_by_relative_change")
         require_params(params, "clip_by_relative_change", "compares updates with parameters")
         split = float_leaves(updates, params)
         axes = resolve_axes(axis_name, split.paths, split.arrays, also=parameters(params))
@@ -113,7 +112,7 @@ def clip_by_relative_change(
         )
         return split.replace(arrays), tree_where(jnp.all(is_finite), new_state, state)
 
-    return transformation(init, update)
+    return transformation("clip_by_relative_change", state_type, init, update)
 
 
 def _unit(dtype: Any) -> float:

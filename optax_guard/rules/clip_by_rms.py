@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard.rules.rule import Rule, limit_norms, value_at
 
@@ -58,15 +64,16 @@ def clip_by_rms(
       <https://arxiv.org/abs/2304.13013>`_, 2023, who clip the RMS of g / sqrt(v) instead.
     """
     check_number("max_rms", max_rms, schedule=True)
+    warn_of_zero("max_rms", max_rms, STOPS_TRAINING)
     check_scope(scope)
     check_axis_name(axis_name)
 
     def limit(norms, history, context):
         root_size = jnp.asarray(context.size, norms.dtype) ** 0.5
-        return value_at(max_rms, context.step, norms.dtype) * root_size, history
+        return value_at(max_rms, context.step, norms.dtype, "max_rms") * root_size, history
 
     rule = Rule(
         limit,
-        smallest_limit=lambda context: value_at(max_rms, context.step, "float32"),
+        smallest_limit=lambda context: value_at(max_rms, context.step, "float32", "max_rms"),
     )
     return limit_norms(rule, name="clip_by_rms", scope=scope, axis_name=axis_name)

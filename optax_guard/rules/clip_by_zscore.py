@@ -10,11 +10,13 @@ import optax
 from optax_guard._core.arrays import safe_ratio, safe_sqrt
 from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import (
+    STOPS_TRAINING,
     check_axis_name,
     check_choice,
     check_count,
     check_number,
     check_scope,
+    warn_of_zero,
 )
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import (
@@ -110,6 +112,7 @@ def clip_by_zscore(
     check_count("warmup_steps", warmup_steps)
     check_choice("target", target, ("reciprocal", "mean", "threshold"))
     check_number("max_norm", max_norm, optional=True)
+    warn_of_zero("max_norm", max_norm, STOPS_TRAINING)
     check_number("min_std_ratio", min_std_ratio, open_maximum=True)
     check_count("rebaseline_after", rebaseline_after, optional=True)
     check_number("eps", eps, open_maximum=True)

@@ -17,7 +17,7 @@ from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules._inside import update_into
 
@@ -86,7 +86,6 @@ def clip_params(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, state_type, "clip_params")
         require_params(params, "clip_params", "keeps parameters inside bounds")
         split = float_leaves(updates)
         own = split.matching(params)
@@ -105,7 +104,7 @@ def clip_params(
         new_state = count_step(state, is_cut=is_held, scale=jnp.ones(()), history=())
         return split.replace(held), tree_where(is_finite, new_state, state)
 
-    return transformation(init, update)
+    return transformation("clip_params", state_type, init, update)
 
 
 def _check_order(min_value: Any, max_value: Any) -> None:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_number, check_scope
+from optax_guard._core.checks import (
+    STOPS_TRAINING,
+    check_axis_name,
+    check_number,
+    check_scope,
+    warn_of_zero,
+)
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import (
     add_to_first,
@@ -82,12 +88,13 @@ def normalize_and_scale(
       ``"auto"`` is this library's.
     """
     check_number("alpha", alpha, open_maximum=True, schedule=True, word="auto")
+    warn_of_zero("alpha", alpha, STOPS_TRAINING)
     check_scope(scope)
     check_number("decay", decay, maximum=1.0, open_maximum=True)
     check_axis_name(axis_name)
 
     def constant(norms, history, context):
-        return value_at(alpha, context.step, norms.dtype), history
+        return value_at(alpha, context.step, norms.dtype, "alpha"), history
 
     is_auto = isinstance(alpha, str)
     return limit_norms(

@@ -28,12 +28,18 @@ from optax_guard._core.axes import (
     resolve_axes_at_init,
 )
 from optax_guard._core.batches import can_be_flat
-from optax_guard._core.checks import check_axis_name, check_scope
+from optax_guard._core.checks import (
+    check_axis_name,
+    check_callable,
+    check_schedule_value,
+    check_scope,
+    shown,
+)
 from optax_guard._core.groups import Groups, Scope, make_groups, stack
 from optax_guard._core.measure import Measurement, combine, measure
 from optax_guard._core.rescale import Scaling, rescale_and_split
 from optax_guard._core.states import count_step, rule_state, start_counting
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves
 from optax_guard.rules._packing import pack, unpack_all
 
@@ -92,9 +98,12 @@ class Rule(NamedTuple):
     is_target: bool = False
 
 
-def value_at(value: Any, step: jax.Array, dtype: Any) -> jax.Array:
+def value_at(value: Any, step: jax.Array, dtype: Any, name: str = "") -> jax.Array:
     """A threshold as an array of the norms' dtype; a schedule is evaluated at ``step``."""
-    return jnp.asarray(value(step) if callable(value) else value).astype(dtype)
+    if callable(value):
+        value = value(step)
+        check_schedule_value(name, value)
+    return jnp.asarray(value).astype(dtype)
 
 
 def limit_norms(
@@ -154,7 +163,9 @@ def limit_norms(
       (Array([3.], dtype=float32), 1)
     """
     if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be an og.Rule(limit, init), got {rule!r}.")
+        raise TypeError(f"rule must be an og.Rule(limit, init), got {shown(rule)}.")
+    check_callable("rule.limit", rule.limit, "(norms, history, context) -> (limits, history)")
+    check_callable("rule.init", rule.init, "(norms) -> history")
     if not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name must be an identifier such as 'clip_by_mine', got {name!r}.")
     check_scope(scope)
@@ -184,7 +195,6 @@ def limit_norms(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, state_type, name, updates)
         split = float_leaves(updates, params, count=_num_histories(state.history))
         groups = groups_of(split)
         is_each = groups.kind == "each"
@@ -228,7 +238,7 @@ def limit_norms(
             new_state = new_state._replace(history=history if flat is None else tuple(parts))
         return split.replace(arrays), new_state
 
-    return transformation(init, update)
+    return transformation(name, state_type, init, update)
 
 
 def _is_placeholder(params: Any) -> bool:
@@ -309,7 +319,7 @@ def _decide(
     ):
         usable = is_finite & (norms > 0)
         safe_norms = jnp.where(usable, norms, 1)
-        limit, new_history = rule.limit(safe_norms, history, context)
+        limit, new_history = _pair(rule.limit(safe_norms, history, context))
         limit = jnp.broadcast_to(limit, norms.shape).astype(norms.dtype)
         limits.append(limit)
         active.append(usable if rule.is_target else usable & (safe_norms > limit))
@@ -318,6 +328,15 @@ def _decide(
         Scaling(measured.norms, measured.scaled, tuple(limits), tuple(active)),
         new_histories,
     )
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "limit of an og.Rule must return (limits, new history), got "
+            f"{type(result).__name__}. Without a history, return limits, history."
+        )
+    return result
 
 
 def _let_in(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

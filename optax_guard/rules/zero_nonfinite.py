@@ -13,7 +13,7 @@ from optax_guard._core.arrays import increment
 from optax_guard._core.axes import AxisName, MeshAxes, axes_of_elements
 from optax_guard._core.checks import check_axis_name, check_choice
 from optax_guard._core.states import Entry, PackedState
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves
 
 
@@ -91,7 +91,6 @@ def zero_nonfinite(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        require_state(state, ZeroNonfiniteState, "zero_nonfinite")
         count = state.last_zeroed_leaves.shape[-1]
         split = float_leaves(updates, params, count=count)
         axes = axes_of_elements(axis_name, split.paths, split.arrays)
@@ -105,7 +104,7 @@ def zero_nonfinite(
         per_leaf = axes.psum(jnp.stack(counts)) if counts else jnp.zeros((0,), jnp.int32)
         return split.replace(arrays), _record(state, per_leaf)
 
-    return transformation(init, update)
+    return transformation("zero_nonfinite", ZeroNonfiniteState, init, update)
 
 
 def _whole_leaves(bad: Sequence[jax.Array], axes: MeshAxes) -> list[jax.Array]:

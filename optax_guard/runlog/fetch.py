@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from optax_guard._core.states import PackedState
-from optax_guard.reading.find import find_outer_guards, find_states, refuse_batched
+from optax_guard.reading.find import find_outer_guards, find_states, no_state, refuse_batched
 from optax_guard.reading.metrics import metrics
 from optax_guard.reading.names import NamedLeaf
 from optax_guard.runlog.about import About, describe
@@ -90,11 +90,8 @@ def find_layout(opt_state: Any, params: Sequence[NamedLeaf] | None) -> Layout:
     indexed = treedef.unflatten(range(len(leaves)))
     states = find_states(opt_state)
     if not states:
-        raise ValueError(
-            f"No state of optax_guard was found in the given {type(opt_state).__name__}. Pass the "
-            "optimizer state of og.guard(...) or og.stabilize(...), or None to record only the "
-            "scalars given by name."
-        )
+        text = no_state(opt_state, "state of optax_guard")
+        raise ValueError(f"{text} Or pass None to record only the scalars given by name.")
     owned = [_own_leaves(found.state) for found in find_states(indexed)]
     places = tuple(place for own in owned for place in own)
     vectors = [leaves[place] for place in places]

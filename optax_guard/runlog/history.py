@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_guard._core.checks import check_count
+from optax_guard._core.checks import check_count, shown
 from optax_guard.reading.find import refuse_tracers
 from optax_guard.reading.names import NamedLeaf, gradient_leaves
 from optax_guard.runlog import file as _file
@@ -98,6 +99,11 @@ class History:
         params: Any = None,
     ):
         check_count("every", every)
+        if not isinstance(path, (str, os.PathLike, type(None))):
+            raise TypeError(
+                f"path must be the name of a file or None, got {shown(path)}. Parameters go by "
+                "name: og.History(path, params=params)."
+            )
         self._every = int(every)
         self._leaves = None if params is None else _outlines(params)
         self._layouts: dict[Any, Layout] = {}

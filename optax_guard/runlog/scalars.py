@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._core.checks import shown
+from optax_guard._core.find import own_states
 from optax_guard.reading.find import refuse_tracers
 from optax_guard.runlog.fetch import FAULT_LEAVES, FAULT_STEPS, LEAF_NORMS, STEP, Record
 
@@ -54,7 +56,10 @@ def check_step(step: Any) -> None:
     if isinstance(step, (jax.Array, np.ndarray)) and np.ndim(step) == 0:
         is_integer = np.issubdtype(step.dtype, np.integer)
     if not is_integer:
-        raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}.")
+        hint = ""
+        if own_states(step):
+            hint = " The state comes second: history.append(step, opt_state, loss=loss)."
+        raise TypeError(f"step must be an integer, got {shown(step)}.{hint}")
 
 
 def _is_real(dtype: Any) -> bool:

@@ -13,7 +13,7 @@ from optax_guard._core.checks import check_count, check_number, check_transforma
 from optax_guard._core.find import states_of_type
 from optax_guard._core.inner import tolerant_update
 from optax_guard._core.states import Entry, PackedState
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves, strong
 from optax_guard.wrappers._verdict import require_guard, verdict
 from optax_guard.wrappers.rollback import RollbackState
@@ -124,7 +124,6 @@ def backoff(
         return jnp.where(steps_left == 0, 1, power).astype(jnp.float32)
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, BackoffState, "backoff")
         updates, inner_state = inner_update(updates, state.inner_state, params, **extra_args)
         scale = factor_after(state.steps_left)
         split = float_leaves(updates)
@@ -138,4 +137,4 @@ def backoff(
             inner_state=inner_state, steps_left=left, factor=factor_after(left)
         )
 
-    return transformation(init, update)
+    return transformation("backoff", BackoffState, init, update)

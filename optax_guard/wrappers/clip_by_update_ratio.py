@@ -11,6 +11,7 @@ from jax import lax
 
 from optax_guard._core.arrays import safe_ratio, tree_where
 from optax_guard._core.axes import AxisName, parameters, resolve_axes, state_of_optimizer
+from optax_guard._core.calls import ToldError, check_number_of_rows
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -24,7 +25,7 @@ from optax_guard._core.measure import measure
 from optax_guard._core.rescale import Scaling, rescale
 from optax_guard._core.states import counted
 from optax_guard._core.statistics import FirstNorms, add_to_first, no_first_norms
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves, strong
 from optax_guard.wrappers._probe import Probe
 from optax_guard.wrappers._update_ratio import (
@@ -209,7 +210,6 @@ def clip_with_parts(
         )
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, ClipByUpdateRatioState, "clip_by_update_ratio")
         split = float_leaves(updates, gradient_like(params), count=num_rows(state))
         if not all(split.is_present):
             purpose = "needs the parameters where gradients are None"
@@ -217,6 +217,8 @@ def clip_with_parts(
         also = parameters(params) | state_of_optimizer(state.inner_state)
         axes = resolve_axes(axis_name, split.paths, split.arrays, also=also)
         groups = groups_of(split)
+        check_number_of_rows("clip_by_update_ratio", split, sum(groups.rows), num_rows(state))
+        _check_window(state, warmup_steps)
         measured = measure(
             split.arrays,
             groups,
@@ -282,7 +284,7 @@ def clip_with_parts(
         new_state = tree_where(is_finite, new_state, state._replace(inner_state=()))
         return new_updates, new_state._replace(inner_state=inner_state)
 
-    return transformation(init, update)
+    return transformation("clip_by_update_ratio", ClipByUpdateRatioState, init, update)
 
 
 def _refuse_accumulation(inner_state: Any) -> None:
@@ -303,4 +305,15 @@ def _refuse_accumulation(inner_state: Any) -> None:
             f"{start}apply_every will do with an update. Write "
             "optax.chain(og.stabilize(optimizer), optax.apply_every(k)) instead of "
             "og.stabilize(optax.chain(optimizer, optax.apply_every(k)))."
+        )
+
+
+def _check_window(state: ClipByUpdateRatioState, warmup_steps: int) -> None:
+    """Raises unless the state keeps so many first norms."""
+    if state.first_norms.shape[-1] != warmup_steps:
+        raise ToldError(
+            "This state is of another transformation: clip_by_update_ratio was given one with "
+            f"warmup_steps={state.first_norms.shape[-1]}, and has {warmup_steps}. Make a new one "
+            "with init(params), and carry the old one over with "
+            "og.adopt(new_tx.init(params), old_state)."
         )

@@ -7,9 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_guard._core.arrays import increment, safe_sqrt, tree_where
-from optax_guard._core.checks import check_choice, check_count, check_number
+from optax_guard._core.calls import ToldError, is_transformation
+from optax_guard._core.checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_number,
+    shown,
+    warn_of_zero,
+)
+from optax_guard._core.skeleton import same_arrays
 from optax_guard._core.states import Entry, PackedState
 
 
@@ -44,15 +54,43 @@ class Condition(NamedTuple):
 def check_conditions(skip_if: Any) -> tuple[Condition, ...]:
     """``skip_if`` as a tuple."""
     conditions = (skip_if,) if isinstance(skip_if, Condition) else skip_if
-    if not isinstance(conditions, (tuple, list)) or not all(
-        isinstance(condition, Condition) for condition in conditions
-    ):
-        hint = " Call it first, as in og.spike()." if callable(skip_if) else ""
+    is_several = type(conditions) in (tuple, list)
+    wrong = [part for part in conditions if not isinstance(part, Condition)] if is_several else []
+    if wrong or not is_several:
+        part = wrong[0] if wrong else skip_if
         raise TypeError(
             "skip_if must be a condition such as og.spike() or og.norm_above(10.0), "
-            f"or a tuple of them, got {skip_if!r}.{hint}"
+            f"or a tuple of them, got {shown(part)}.{_hint(part)}"
+        )
+    for condition in conditions:
+        if not isinstance(condition.name, str):
+            raise TypeError(f"name of an og.Condition must be text, got {shown(condition.name)}.")
+        check_callable("init of an og.Condition", condition.init, "() -> state")
+        check_callable(
+            "judge of an og.Condition",
+            condition.judge,
+            "(grad_norm, value, state) -> (skip, new_state)",
         )
     return tuple(conditions)
+
+
+def _hint(part: Any) -> str:
+    """What to write instead of something that is no condition."""
+    if part in (spike, norm_above):
+        return f" Call it first: og.{part.__name__}(...)."
+    if isinstance(part, str) and part in ("spike", "norm_above"):
+        return f" Write og.{part}(...)."
+    if isinstance(part, (int, float)) and not isinstance(part, bool):
+        return f" Write og.norm_above({part})."
+    if part is None:
+        return " Leave it out for no condition."
+    if is_transformation(part):
+        return " A transformation goes inside: og.guard(optax.chain(clip, optimizer))."
+    if "skip" in getattr(part, "__name__", ""):
+        return " That one is for optax.MultiSteps(..., should_skip_update_fn=...)."
+    if callable(part):
+        return " For a rule of your own write og.Condition(name, init, judge)."
+    return ""
 
 
 def condition_keys(conditions: Sequence[Condition]) -> list[str]:
@@ -74,16 +112,17 @@ def judge_conditions(
     safe_value = None if value is None else jnp.where(is_finite, value, 0)
     first, judged = jnp.full((), -1, jnp.int32), []
     if sorted(states) != sorted(keys := condition_keys(conditions)):
-        raise TypeError(
+        raise ToldError(
             f"This state is of another transformation, a guard with the conditions "
             f"{sorted(states)}, where skip_if gives {keys}. Make a new one with init(params), and "
             "carry the old one over with og.adopt(new_tx.init(params), old_state)."
         )
     for place, (condition, key) in enumerate(zip(conditions, keys, strict=True)):
         state = states[key]
+        _check_state(key, state, condition)
         if condition.needs_value and value is None:
             raise ValueError(_missing_value(condition.name, extra_args))
-        rejects, new_state = condition.judge(safe_norm, safe_value, state)
+        rejects, new_state = _judged(condition, safe_norm, safe_value, state)
         rejects = rejects & is_finite
         first = jnp.where((first < 0) & rejects, place, first).astype(jnp.int32)
         judged.append((key, rejects, new_state, state))
@@ -91,6 +130,36 @@ def judge_conditions(
     return first, {
         key: tree_where(is_accepted | rejects, new, old) for key, rejects, new, old in judged
     }
+
+
+def _check_state(key: str, state: Any, condition: Condition) -> None:
+    """Raises unless the state has the arrays that the condition makes."""
+    own = jax.eval_shape(condition.init)
+    if not same_arrays(own, state):
+        shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, own)]
+        raise ToldError(
+            f"This state is of another transformation: the condition {key!r} has arrays of the "
+            f"shapes {shapes[0]} in it, and skip_if gives {shapes[1]}. Make a new one with "
+            "init(params), and carry the old one over with og.adopt(new_tx.init(params), "
+            "old_state)."
+        )
+
+
+def _judged(condition: Condition, grad_norm: Any, value: Any, state: Any) -> tuple[Any, Any]:
+    """What a condition says.
+
+    Raises:
+      TypeError: if that is no bool scalar with a state.
+    """
+    result = condition.judge(grad_norm, value, state)
+    rejects = jnp.asarray(result[0]) if isinstance(result, tuple) and len(result) == 2 else None
+    if rejects is None or rejects.dtype != jnp.bool_ or rejects.shape:
+        what = type(result).__name__ if rejects is None else f"{rejects.dtype}{rejects.shape}"
+        raise TypeError(
+            f"judge of the condition {condition.name!r} must return (skip, new_state), skip a bool "
+            f"scalar; got {what}. Without a state, return skip, state."
+        )
+    return rejects, result[1]
 
 
 def _missing_value(name: str, extra_args: dict[str, Any]) -> str:
@@ -123,6 +192,7 @@ def norm_above(max_norm: Any) -> Condition:
       (Array([-0.], dtype=float32), 8)
     """
     check_number("max_norm", max_norm)
+    warn_of_zero("max_norm", max_norm, "skips every step with a gradient; leave it out for none.")
 
     def judge(grad_norm, value, state):
         del value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from optax_guard._core.axes import (
     resolve_axes_at_init,
     state_of_optimizer,
 )
+from optax_guard._core.calls import check_number_of_rows, explain_failed_update
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -28,17 +28,16 @@ from optax_guard._core.checks import (
     check_flag,
     check_transformation,
 )
-from optax_guard._core.find import factory_name, is_wrapper_state, own_states
 from optax_guard._core.finite import is_nonfinite, stack_flags
 from optax_guard._core.groups import Groups, Stacked, make_groups
 from optax_guard._core.inner import gradient_like, tolerant_update
 from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
 from optax_guard._core.reader import Reader, Reading, make_reader
-from optax_guard._core.states import RuleState
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import FloatLeaves, float_leaves, inexact_leaves, strong
 from optax_guard.wrappers._judge import Case, judge
+from optax_guard.wrappers._nesting import check_nesting, warn_of_no_stack
 from optax_guard.wrappers.conditions import (
     Condition,
     check_conditions,
@@ -154,10 +153,11 @@ def guard(
 
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
-        _check_nesting(inner_state)
-        _warn_of_nothing_to_guard(inner_state)
+        check_nesting(inner, inner_state)
         split = float_leaves(gradient_like(params))
         groups = make_groups("global", split.paths, split.arrays, stacked=stacked)
+        if stacked is not None:
+            warn_of_no_stack(params, groups)
         zeros = jnp.zeros((sum(groups.rows),), jnp.float32)
         return GuardState.pack(
             inner_state=inner_state,
@@ -185,16 +185,21 @@ def guard(
         )
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, GuardState, "guard", updates)
         value = _checked_value(extra_args.get("value"))
         num_rows = rows_of(state, 0, 0).stop
         gradients = float_leaves(updates, gradient_like(params), count=num_rows)
+        groups = make_groups("global", gradients.paths, gradients.arrays, stacked=stacked)
+        check_number_of_rows("guard", gradients, sum(groups.rows), num_rows)
         also = parameters(params) | state_of_optimizer(state.inner_state)
         also["The loss passed as value="] = value
         axes = resolve_axes(axis_name, gradients.paths, gradients.arrays, also=also)
         value = None if value is None else axes.mean(value)
 
-        proposal = propose(inner_update, gradients, state.inner_state, params, extra_args)
+        try:
+            proposal = propose(inner_update, gradients, state.inner_state, params, extra_args)
+        except (TypeError, ValueError) as error:
+            explain_failed_update("guard", gradients, gradient_like(params), error)
+            raise
         case = Case(proposal, gradients, axes, state, params, value)
         reader, reading = _read(case, stacked)
         groups = reader.call.groups
@@ -238,7 +243,7 @@ def guard(
             **tree_where(skipped, fault, before),
         )
 
-    return transformation(init, update)
+    return transformation("guard", GuardState, init, update)
 
 
 def _read(case: Case, stacked: Stacked) -> tuple[Reader, Reading]:
@@ -282,36 +287,6 @@ def _checked_value(value: Any) -> jax.Array | None:
         )
     value = jnp.asarray(value)
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
-
-
-def _check_nesting(inner_state: Any) -> None:
-    """A wrapper that acts on bad steps must not sit where it sees none."""
-    for state in own_states(inner_state):
-        if is_wrapper_state(state) and not isinstance(state, GuardState):
-            name = factory_name(type(state))
-            raise ValueError(
-                f"{name} inside of a guard would never see a bad step: the guard skips those, and "
-                f"all that is in it stays as it was. Write og.{name}(og.guard(optimizer)) instead "
-                f"of og.guard(og.{name}(optimizer))."
-            )
-
-
-def _warn_of_nothing_to_guard(inner_state: Any) -> None:
-    """Legal and futile: said once, when the state is made."""
-    if isinstance(inner_state, GuardState):
-        warnings.warn(
-            "A guard around a guard has nothing left to skip; one is enough, and counts every "
-            "step. Write og.guard(optimizer, ...) with the conditions of both.",
-            stacklevel=3,
-        )
-    parts = inner_state if type(inner_state) is tuple else (inner_state,)
-    if parts and all(isinstance(part, RuleState) for part in parts):
-        warnings.warn(
-            "This guard holds clips only, so a skipped step reaches the optimizer behind it as "
-            "zeros, which move momentum and schedules. Put the optimizer inside: "
-            "og.guard(optax.chain(clip, optimizer)).",
-            stacklevel=3,
-        )
 
 
 def _nonfinite_now(tree: Any, split: FloatLeaves, axis_name: AxisName) -> jax.Array:

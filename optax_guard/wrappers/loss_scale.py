@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -17,6 +18,7 @@ from optax_guard._core.checks import (
     check_count,
     check_number,
     check_transformation,
+    shown,
 )
 from optax_guard._core.find import is_wrapper_state, states_of_type
 from optax_guard._core.inner import gradient_like, tolerant_update
@@ -24,7 +26,7 @@ from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
 from optax_guard._core.reader import Reading, make_reader
 from optax_guard._core.states import Entry, PackedState, flag
-from optax_guard._core.transformation import require_state, transformation
+from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
 from optax_guard.wrappers.guard_state import GuardState
 
@@ -165,7 +167,6 @@ def dynamic_loss_scale(
         )
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, DynamicLossScaleState, "dynamic_loss_scale")
         # No derivative with respect to the scale, which scale_loss has multiplied by: they cancel.
         inverse = lax.stop_gradient(1 / state.loss_scale)
         split = float_leaves(_widen(updates), gradient_like(params))
@@ -202,7 +203,7 @@ def dynamic_loss_scale(
             loss_scale=scale.astype(jnp.float32),
         )
 
-    return transformation(init, update)
+    return transformation("dynamic_loss_scale", DynamicLossScaleState, init, update)
 
 
 def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
@@ -219,6 +220,7 @@ def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
 
     Raises:
       ValueError: if ``opt_state`` holds no loss scale, or several.
+      TypeError: if ``loss`` is no array or number.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -232,6 +234,11 @@ def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
             f"scale_loss needs an optimizer state with one loss scale; {len(states)} were found "
             f"in the given {type(opt_state).__name__}. Wrap the optimizer once, in "
             "og.dynamic_loss_scale(...), and pass its state: og.scale_loss(loss, opt_state)."
+        )
+    if not isinstance(loss, (jax.Array, np.ndarray, np.generic, int, float)):
+        raise TypeError(
+            f"loss must be a real array, got {shown(loss)}. Of (loss, aux) pass the loss: "
+            "return og.scale_loss(loss, opt_state), aux."
         )
     scale = states[0].loss_scale
     loss = jnp.asarray(loss)

@@ -16,7 +16,7 @@ from optax_guard._core.find import optimizer_part, with_optimizer_part
 from optax_guard._core.finite import is_nonfinite, stack_flags
 from optax_guard._core.inner import tolerant_update
 from optax_guard._core.states import Entry, PackedState, flag
-from optax_guard._core.transformation import require_params, require_state, transformation
+from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
 from optax_guard.wrappers._verdict import require_guard, verdict
 
@@ -146,7 +146,6 @@ def rollback(
         )
 
     def update(updates, state, params=None, **extra_args):
-        require_state(state, RollbackState, "rollback")
         require_params(params, "rollback", "takes snapshots of the parameters")
         split = float_leaves(params)
         axes = resolve_axes(axis_name, split.paths, split.arrays, what="parameter")
@@ -212,7 +211,7 @@ def rollback(
             last_step_rolled_back=returns,
         )
 
-    return transformation(init, update)
+    return transformation("rollback", RollbackState, init, update)
 
 
 def _copy(leaf: Any) -> Any:
