@@ -414,3 +414,16 @@ def test_nnx_modules_are_told_from_their_parameters():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     state = GUARD.init(nnx.state(model, nnx.Param))
     assert state.leaf_norms.shape == (2,)
+
+
+# Floats of 8 bits, which JAX promotes to nothing by itself
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_gradients_of_8_bits_are_measured_in_float32_and_stay_of_8_bits(dtype):
+    tx = og.guard(optax.chain(og.clip_by_norm(0.5), optax.sgd(1.0)))
+    gradients = {"w": jnp.full((4, 4), 2.0, dtype)}
+    updates, state = jax.jit(tx.update)(gradients, tx.init(gradients), gradients)
+    assert updates["w"].dtype == dtype
+    assert state.grad_norm == 8.0
+    assert jnp.all(updates["w"].astype(jnp.float32) == -0.125)

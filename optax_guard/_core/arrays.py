@@ -11,9 +11,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 
 def promote(*dtypes: Any) -> Any:
-    """The dtype that holds all of them, also where JAX is told to be strict about promotion."""
+    """The dtype that holds all of them, also where JAX is told to be strict about promotion.
+
+    Floats of 8 bits, which JAX promotes to nothing by itself, count as float32 beside others.
+    """
+    if len(set(map(jnp.dtype, dtypes))) > 1:
+        dtypes = tuple(jnp.float32 if _is_tiny_float(dtype) else dtype for dtype in dtypes)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def _is_tiny_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
 
 
 def increment(count: jax.Array) -> jax.Array:
