@@ -20,7 +20,7 @@ fusion); near an explosion that is enough to change the fate of a seed:
     clip_by_zscore             5/16      5-8            47.62           75.12
     clip_by_zscore_capped     16/16    14-16             0.00            0.02
     clip_by_median            16/16    15-16             0.00            0.00  (two runs)
-    clip_by_update_ratio      14/16                      0.00           58.09
+    clip_by_update_ratio      16/16                      0.00            0.00
     normalize_and_scale_auto  14/16       14             0.00           20.47  (two runs)
     normalize_by_ema_norm     15/16                      0.00            3.22
     adam                      13/16                      0.00           75.47
@@ -42,7 +42,7 @@ Seeds of 16 that are solved in the same 6000 updates, by length:
     none                      2      0      0      0
     clip_by_norm             16     16      4      0
     clip_by_median           16     16      4      0
-    clip_by_update_ratio     16     14      5      0
+    clip_by_update_ratio            16
     clip_by_zscore_capped    16  14-16      6
     normalize_and_scale      12      7      2
 
