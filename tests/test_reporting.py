@@ -354,8 +354,8 @@ def test_explain_and_check_name_the_leaves_of_each_partition():
     strict = og.guard(momentum, max_consecutive_skips=1)
     state = after(optax.partition({"a": og.guard(momentum), "b": strict}, LABELS), with_nan())
     lines = og.explain(state, PARAMS).splitlines()
-    assert lines[0] == "Guard 1: No step was skipped in 1 steps."
-    assert lines[1].startswith("Guard 2: Step 0 was skipped: gradients were not finite")
+    assert lines[0] == "Guard a: No step was skipped in 1 steps."
+    assert lines[1].startswith("Guard b: Step 0 was skipped: gradients were not finite")
     assert lines[2] == "  non-finite: dense/kernel (norm nan)"
     with pytest.raises(og.GuardGaveUp) as caught:
         og.check(state, PARAMS)

@@ -11,7 +11,7 @@ QUICK = {cell.id for cell in setup_matrix.cells(is_quick=True)}
 @pytest.mark.parametrize(
     "cell",
     [
-        pytest.param(cell, id=cell.id, marks=[pytest.mark.slow] * (cell.id not in QUICK))
+        pytest.param(cell, id=cell.id, marks=[pytest.mark.by_hand] * (cell.id not in QUICK))
         for cell in setup_matrix.cells(is_quick=False)
     ],
 )

@@ -48,7 +48,8 @@ def transformation(
         except ToldError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            check_arrays(name, shapes_of_init(init, like_params), state, error)
+            if params is not None:  # gradients may be None where parameters are not
+                check_arrays(name, shapes_of_init(init, like_params), state, error)
             raise
 
     @functools.partial(jax.jit, static_argnums=4)
