@@ -59,7 +59,12 @@ def measures(optimizer: str, pipeline: str, gradient_dtype: Any = jnp.float32) -
 
 
 def check_cost(
-    optimizer: str, rule: str, gradient_dtype: Any = jnp.float32, *, num_conditionals: int = 3
+    optimizer: str,
+    rule: str,
+    gradient_dtype: Any = jnp.float32,
+    *,
+    num_conditionals: int = 3,
+    temp_share: float = 0.1,
 ) -> None:
     """The promises on cost, all of them reported together.
 
@@ -74,7 +79,7 @@ def check_cost(
     # one. This term is below 1e-4 for the other scopes.
     allowed_reads = 1.05 + 12 * added["state_bytes"] / parameters.gradient_bytes
     # Muon alone needs seven times the parameters' memory, which no schedule repeats exactly.
-    allowed_temp = 0.1 * max(parameters.params_bytes, bare["temp_bytes"])
+    allowed_temp = temp_share * max(parameters.params_bytes, bare["temp_bytes"])
     broken = []
     if not reads <= allowed_reads:
         broken.append(f"reads and writes {reads:.3f} x gradients more, not {allowed_reads:.3f}")
@@ -108,7 +113,9 @@ def test_one_read_of_the_gradients_is_all_that_a_guard_adds(optimizer, rule):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_nor_does_the_default_of_stabilize_add_more_in_most_steps(optimizer):
-    check_cost(optimizer, "default", num_conditionals=5)  # to sort the first norms; to probe
+    # Two conditionals more, to sort the first norms and to probe; a step that probes Adam writes
+    # one array down.
+    check_cost(optimizer, "default", num_conditionals=5, temp_share=1.0)
 
 
 def test_bfloat16_gradients_are_read_once_more_in_bfloat16():
