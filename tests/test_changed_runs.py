@@ -213,3 +213,19 @@ def test_an_array_of_another_shape_is_named():
     new = og.guard(ADAM).init({**PARAMS, "c": jnp.ones(3)})  # a layer added
     with pytest.raises(ValueError, match=re.escape("ScaleByAdamState at inner_state/0")):
         og.adopt(new, _trained("guard"))
+
+
+class TinyState(NamedTuple):
+    """Parameters whose container is named as states are."""
+
+    w: jax.Array
+
+
+def test_one_transformation_serves_models_of_unlike_containers():
+    tx = og.guard(optax.adam(0.1))
+    first, second = TinyState(jnp.ones(2)), {"w": jnp.ones(3)}
+    state = tx.init(first)
+    tx.init(second)  # the last init is not the only one
+    updates, state = tx.update(first, state, first)
+    assert isinstance(updates, TinyState)
+    assert int(state.skipped_total) == 0

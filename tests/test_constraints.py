@@ -181,7 +181,7 @@ def test_clip_params_by_norm_passes_short_groups_bit_for_bit():
 def test_clip_params_by_norm_zero_and_infinity():
     params, updates = normal_tree(0), normal_tree(1)
     assertions.assert_same_bits(
-        moved(og.clip_params_by_norm(jnp.zeros(())), params, updates),
+        moved(og.clip_params_by_norm(0.0), params, updates),
         jax.tree.map(jnp.zeros_like, params),
     )
     new = moved(og.clip_params_by_norm(np.inf), params, updates)

@@ -150,16 +150,17 @@ def check_number_of_rows(name: str, gradients: FloatLeaves, count: int, expected
     """Raises unless the gradients have as many rows (arrays, layers) as ``init`` saw.
 
     Raises:
-      ValueError: naming the arrays that there are.
+      ToldError: naming the arrays that there are.
     """
     if count == expected:
         return
     paths = gradients.paths
     shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
-    raise ValueError(
-        f"{name} was given gradients of {count} float arrays and layers of stacked ones ({shown}), "
-        f"but the parameters that init() saw had {expected}. Where the model has changed, make a "
-        "new state with init(params); a gradient may be None, but not missing."
+    raise ToldError(
+        f"This state of {name} was made for {expected} norms, these gradients have {count} "
+        f"({shown}). Call init() with parameters of the shapes that update() receives; a gradient "
+        "may be None, but not missing. Inside shard_map an array that stacked= names must not be "
+        "split along the axes that stack its layers."
     )
 
 

@@ -42,13 +42,15 @@ def transformation(
         """``update``; in a compiled function all but that is done once, when it is traced."""
         like_params = updates if params is None else params
         own = made[0] if made else skeleton_of_init(init, like_params)
+        if own != skeleton(state):  # it may have been made for other parameters than the last
+            own = skeleton_of_init(init, like_params)
         check_skeleton(name, own, state)
         try:
             return update(updates, state, params, **extra_args)
         except ToldError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            if params is not None:  # gradients may be None where parameters are not
+            if params is not None or not _has_none(updates):  # which then tell the shapes of all
                 check_arrays(name, shapes_of_init(init, like_params), state, error)
             raise
 
@@ -96,6 +98,10 @@ def _all_concrete(tree: Any) -> bool:
 _VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
+def _has_none(tree: Any) -> bool:
+    return any(leaf is None for leaf in jax.tree.leaves(tree, is_leaf=lambda part: part is None))
+
+
 def _can_be_static(pair: tuple[str, Any]) -> bool:
     leaves = jax.tree.leaves(pair)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -110,7 +116,7 @@ def _can_be_static(pair: tuple[str, Any]) -> bool:
 def require_params(params: Any, name: str, purpose: str) -> None:
     """Raises if ``update`` was called without the parameters that it needs."""
     if params is None:
-        raise ValueError(
+        raise ToldError(
             f"{name} {purpose}, but update() was called without params. Call "
             "update(updates, state, params)."
         )

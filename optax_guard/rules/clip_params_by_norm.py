@@ -11,7 +11,7 @@ from jax import lax
 
 from optax_guard._core.arrays import promote
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import check_axis_name, check_number, check_scope, warn_of_zero
+from optax_guard._core.checks import check_axis_name, check_number, check_scope
 from optax_guard._core.groups import Scope
 from optax_guard._core.states import rule_state
 from optax_guard._core.transformation import require_params, transformation
@@ -77,7 +77,6 @@ def clip_params_by_norm(
       section 5.1. Keras' ``MaxNorm`` divides by norm + 1e-7; here there is no such bias.
     """
     check_number("max_norm", max_norm)
-    warn_of_zero("max_norm", max_norm, "sets all parameters to zero; for no limit, leave it out.")
     check_scope(scope)
     check_axis_name(axis_name)
 

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._core.axes import AxisName
-from optax_guard._core.checks import (
-    STOPS_TRAINING,
-    check_axis_name,
-    check_number,
-    check_scope,
-    warn_of_zero,
-)
+from optax_guard._core.checks import check_axis_name, check_number, check_scope
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import (
     add_to_first,
@@ -88,7 +82,6 @@ def normalize_and_scale(
       ``"auto"`` is this library's.
     """
     check_number("alpha", alpha, open_maximum=True, schedule=True, word="auto")
-    warn_of_zero("alpha", alpha, STOPS_TRAINING)
     check_scope(scope)
     check_number("decay", decay, maximum=1.0, open_maximum=True)
     check_axis_name(axis_name)

@@ -81,6 +81,10 @@ def guard(
     was non-finite already, reason 16 is added and ``gave_up`` set at once: no later step can
     heal it.
 
+    A guard protects what is inside of it and sees nothing of what it stands in. Behind an
+    optimizer, as in ``chain(optimizer, guard(...))``, it comes too late; in front of one, the zeros
+    of a skipped step move momentum and schedules.
+
     What lives outside the optimizer (BatchNorm statistics, step counters) is not held back:
     use :func:`step_ok` and :func:`select`.
 
@@ -254,19 +258,7 @@ def _read(case: Case, stacked: Stacked) -> tuple[Reader, Reading]:
     is_due = (state.guard_step % _RELOOK) == 0
     small_rows_matter = (state.leaf_norms != 0) | is_due
     reader = make_reader(case.proposal, case.gradients, case.axes, stacked=stacked, watch=case.look)
-    _check_rows(reader.call.groups, rows_of(state, 0, 0).stop)
     return reader, reader.read(case.proposal.arguments, small_rows_matter, case.watched)
-
-
-def _check_rows(groups: Groups, num_rows: int) -> None:
-    """The state must have been made for these arrays, or for them stacked in the same way."""
-    if sum(groups.rows) != num_rows:
-        raise ValueError(
-            f"This state of guard was made for {num_rows} norms, these gradients have "
-            f"{sum(groups.rows)}. Call init() with parameters of the shapes that update() "
-            "receives; inside shard_map an array that stacked= names must not be split along the "
-            "axes that stack its layers."
-        )
 
 
 def _checked_value(value: Any) -> jax.Array | None:
