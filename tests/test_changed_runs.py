@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
