@@ -18,9 +18,10 @@ from optax_guard.rules.clip_by_rms import clip_by_rms
 from optax_guard.rules.clip_by_zscore import clip_by_zscore
 from optax_guard.rules.clip_params import clip_params
 from optax_guard.rules.clip_params_by_norm import clip_params_by_norm
+from optax_guard.rules.limit_norms import limit_norms
 from optax_guard.rules.normalize_and_scale import normalize_and_scale
 from optax_guard.rules.normalize_by_ema_norm import normalize_by_ema_norm
-from optax_guard.rules.rule import Rule, limit_norms
+from optax_guard.rules.rule import Rule
 from optax_guard.rules.zero_nonfinite import zero_nonfinite
 from optax_guard.runlog.history import History
 from optax_guard.wrappers.backoff import backoff

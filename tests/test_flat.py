@@ -12,7 +12,7 @@ import pytest
 import registry
 
 import optax_guard as og
-from optax_guard.rules import rule
+from optax_guard.rules import limit_norms
 
 # Squared norms of leaves are added up in another order.
 ROUNDING = 1e-6
@@ -52,8 +52,8 @@ def test_one_vector_gives_what_arrays_apart_give(name, is_guarded, monkeypatch):
         tx = RULES[name]()
         return og.guard(optax.chain(tx, optax.sgd(1.0))) if is_guarded else tx
 
-    monkeypatch.setattr(rule, "can_be_flat", lambda leaves: False)
+    monkeypatch.setattr(limit_norms, "can_be_flat", lambda leaves: False)
     apart = walk(make())
-    monkeypatch.setattr(rule, "can_be_flat", lambda leaves: True)
+    monkeypatch.setattr(limit_norms, "can_be_flat", lambda leaves: True)
     for one, other in zip(walk(make()), apart, strict=True):
         assertions.assert_close(one, other, rtol=ROUNDING)

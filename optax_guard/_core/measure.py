@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ from optax_guard._core.axes import NO_AXES, MeshAxes
 from optax_guard._core.groups import Groups
 from optax_guard._core.listening import Heard, announce
 from optax_guard._core.rescale import RANGES, any_of, factors_to, scale_by, widen
+from optax_guard._core.roots import Measurement, plain_roots_of, roots_of
 from optax_guard._core.sums import (
     MeasureCall,
     Sums,
     at_all_scales,
     batches_of,
-    join,
     load_batch,
     reread,
     squared_sum,
@@ -40,111 +40,6 @@ from optax_guard._core.sums import (
 
 # Squared norm of a row below which elements of a large array may have underflowed.
 _SMALL_ROW = {np.dtype("float32"): 2.0**-100, np.dtype("float64"): 2.0**-800}
-
-
-class Measurement(NamedTuple):
-    """Norms of gradients.
-
-    Attributes:
-      norms: for each block the norms; a finite gradient never gives inf (saturated).
-      scaled: for each block the norms times a small power of two, for norms past float32.
-      finite: for each block, whether all elements of the group are finite.
-      sizes: ``[leaves]``, number of elements that were measured for each norm of a leaf.
-      norm: of all leaves together.
-      leaf_norms: float32 ``[rows]``.
-      leaf_finite: bool ``[rows]``.
-    """
-
-    norms: tuple[jax.Array, ...]
-    scaled: tuple[jax.Array, ...]
-    finite: tuple[Any, ...]
-    sizes: jax.Array
-    norm: jax.Array
-    leaf_norms: jax.Array
-    leaf_finite: Any
-
-
-def _root(
-    down: jax.Array, plain: jax.Array, up: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norm, scaled norm and finiteness from the sums of squares at three scales."""
-    r = RANGES[np.dtype(plain.dtype)]
-    is_finite = jnp.isfinite(down)
-    scaled = jnp.sqrt(down)
-    saturated = jnp.minimum(scaled * (1 / r.down), jnp.finfo(plain.dtype).max)
-    large = jnp.where(is_finite, saturated, scaled)
-    small = jnp.sqrt(up) * (1 / r.up)
-    norm = jnp.where(plain < r.low, small, jnp.where(plain <= r.high, jnp.sqrt(plain), large))
-    return norm, scaled, is_finite
-
-
-def combine(leaf_norms: jax.Array, leaf_finite: jax.Array) -> jax.Array:
-    """Norm over all leaves from their norms; infinite or NaN as they are.
-
-    Relative to the largest norm, so that no square overflows.
-    """
-    is_usable = leaf_finite & (leaf_norms > 0)
-    largest = jnp.max(jnp.where(is_usable, leaf_norms, 0), initial=0)
-    divisor = jnp.where(largest > 0, largest, 1)
-    ratios = jnp.where(is_usable, leaf_norms, 0) / divisor
-    total = jnp.sum(ratios * ratios)
-    norm = jnp.where(total > 0, divisor * jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
-    norm = jnp.minimum(norm, jnp.finfo(norm.dtype).max)
-    return jnp.where(jnp.all(leaf_finite), norm, jnp.sum(jnp.where(leaf_finite, 0, leaf_norms)))
-
-
-def merge_rows(measured: Measurement, groups: Groups) -> Measurement:
-    """The same with one row for each leaf, as a call that knows of no stacks gives it."""
-    if not groups.has_stacks:
-        return measured
-    ends = np.cumsum(groups.rows)
-    parts = [slice(end - n, end) for end, n in zip(ends, groups.rows, strict=True)]
-    norms, finite = measured.leaf_norms, measured.leaf_finite
-    return measured._replace(
-        leaf_norms=jnp.stack([combine(norms[part], finite[part]) for part in parts]),
-        leaf_finite=jnp.stack([jnp.all(finite[part]) for part in parts]),
-    )
-
-
-def _roots(
-    sums: Sums, sizes: jax.Array, groups: Groups, row_sums: Sequence[jax.Array] | None = None
-) -> Measurement:
-    """All norms from sums that may be out of range at one or two of the scales."""
-    roots = [_root(*triple) for triple in zip(*map(groups.total, sums), strict=True)]
-    norms, scaled, finite = (tuple(root[i] for root in roots) for i in range(3))
-    down, plain, up = map(groups.row_sums, sums) if row_sums is None else row_sums
-    leaf_norms, _, leaf_finite = _root(down, plain, up)
-    norm = norms[0] if groups.kind == "global" else combine(leaf_norms, leaf_finite)
-    leaf_norms = leaf_norms.astype(jnp.float32)
-    return Measurement(norms, scaled, finite, sizes, norm, leaf_norms, leaf_finite)
-
-
-def _plain_roots(
-    stacked: tuple[jax.Array, ...],
-    terms: Sequence[jax.Array],
-    batches: Sequence[Sequence[int]],
-    sizes: jax.Array,
-    call: MeasureCall,
-) -> Measurement:
-    """All norms from plain sums that are in range."""
-    groups = call.groups
-    sums = groups.total(stacked)
-    norms = tuple(map(jnp.sqrt, sums))
-    if groups.is_flat:  # equal kernels for equal shapes, which slices of the vector would not be
-        pairs = zip(terms, batches, strict=True)
-        parts = [term if len(batch) > 1 else jnp.sum(term) for term, batch in pairs]
-        row_sums = join(parts, batches, groups.rows, groups.dtype)
-    else:
-        row_sums = groups.row_sums(stacked)
-    return Measurement(
-        norms=norms,
-        scaled=tuple(norm * RANGES[groups.dtype].down for norm in norms),
-        finite=tuple(map(jnp.isfinite, sums)),
-        sizes=sizes,
-        norm=jnp.sqrt(jnp.sum(row_sums)),
-        leaf_norms=jnp.sqrt(row_sums).astype(jnp.float32),
-        leaf_finite=jnp.isfinite(row_sums),
-    )
 
 
 def _is_cold(
@@ -212,12 +107,12 @@ def _measure(
             is_cold |= call.watch.is_due(watched)
 
         def cold(leaves, terms, _, watched):
-            measured = _roots(reread(leaves, terms, call), sizes, groups)
+            measured = roots_of(reread(leaves, terms, call), sizes, groups)
             return measured, call.watch and call.watch(watched, ~jnp.isfinite(measured.norm))
 
         def hot(leaves, terms, stacked, _):
             del leaves
-            measured = _plain_roots(stacked, terms, batches, sizes, call)
+            measured = plain_roots_of(stacked, terms, batches, sizes, call)
             return measured, call.watch and jnp.asarray(False)
 
         return lax.cond(is_cold, cold, hot, leaves, terms, stacked, watched)
@@ -232,14 +127,14 @@ def _measure(
     if axes.has_kept:
         # Each device has norms of its own, and all of them the same rows.
         rows = axes.psum([_count_rows_once(groups.row_sums(part), call) for part in sums])
-        return _roots(Sums(*map(tuple, axes.sum_groups(*sums))), sizes, groups, rows), None
+        return roots_of(Sums(*map(tuple, axes.sum_groups(*sums))), sizes, groups, rows), None
     sums = Sums(*(tuple(_count_once(part, call)) for part in sums))
     if call.watch is None:
-        return _roots(axes.psum(sums), sizes, groups), None
+        return roots_of(axes.psum(sums), sizes, groups), None
     is_bad = ~jnp.isfinite(sum((jnp.sum(part) for part in stacked), jnp.zeros((), groups.dtype)))
     alarm = call.watch(watched, is_bad).astype(groups.dtype)
     sums, num_alarms = axes.psum((sums, alarm))
-    return _roots(sums, sizes, groups), num_alarms > 0
+    return roots_of(sums, sizes, groups), num_alarms > 0
 
 
 def _count_once(part: Sequence[jax.Array], call: MeasureCall) -> Sequence[jax.Array]:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from optax_guard._core.axes import MeshAxes
 from optax_guard._core.groups import Stacked, make_groups
-from optax_guard._core.measure import Measurement, measure_and_watch, merge_rows
+from optax_guard._core.measure import measure_and_watch
 from optax_guard._core.plan import Plan, Proposal
+from optax_guard._core.roots import Measurement, merge_rows
 from optax_guard._core.sums import MeasureCall, Watch
 from optax_guard._core.trees import FloatLeaves
 

@@ -19,7 +19,8 @@ from optax_guard._core.checks import (
 )
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import follow_shift, moving_average, unless, zero_moments
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def clip_by_ema(

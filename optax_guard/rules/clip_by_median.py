@@ -18,7 +18,8 @@ from optax_guard._core.checks import (
 )
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import add_to_first, no_first_norms
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def clip_by_median(

@@ -15,7 +15,8 @@ from optax_guard._core.checks import (
     warn_of_zero,
 )
 from optax_guard._core.groups import Scope
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def clip_by_norm(

@@ -11,7 +11,8 @@ from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import check_axis_name, check_count, check_number, check_scope
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import add_to_window, empty_window, percentile_of
-from optax_guard.rules.rule import Rule, limit_norms
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule
 
 
 def clip_by_percentile(

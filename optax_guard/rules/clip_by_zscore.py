@@ -27,7 +27,8 @@ from optax_guard._core.statistics import (
     unless,
     zero_moments,
 )
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def clip_by_zscore(

@@ -17,7 +17,8 @@ from optax_guard._core.states import rule_state
 from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves
 from optax_guard.rules._inside import update_into
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def clip_params_by_norm(

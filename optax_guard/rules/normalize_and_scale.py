@@ -16,7 +16,8 @@ from optax_guard._core.statistics import (
     moving_average,
     no_first_norms,
 )
-from optax_guard.rules.rule import Rule, limit_norms, no_history, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, no_history, value_at
 
 _NUM_FIRST = 100
 _CEILING = 2.0

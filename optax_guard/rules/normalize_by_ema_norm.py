@@ -13,7 +13,8 @@ from optax_guard._core.axes import AxisName
 from optax_guard._core.checks import check_axis_name, check_number, check_scope
 from optax_guard._core.groups import Scope
 from optax_guard._core.statistics import corrected_weight, moving_average
-from optax_guard.rules.rule import Rule, limit_norms, value_at
+from optax_guard.rules.limit_norms import limit_norms
+from optax_guard.rules.rule import Rule, value_at
 
 
 def normalize_by_ema_norm(
