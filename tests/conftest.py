@@ -45,8 +45,20 @@ def _group(item: pytest.Item) -> str:
     return f"{item.path.name}::{row.name}" if hasattr(row, "name") else item.path.name
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds ``--one-in N``."""
+    help_text = "run every N-th of the selected tests only, beginning with the first"
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help=help_text)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps together what shares compiled functions: a row of the registry, or a file."""
+    every = config.getoption("one_in")
+    left_out = [item for place, item in enumerate(items) if place % every]
+    if left_out:
+        items[:] = items[::every]
+        config.hook.pytest_deselected(items=left_out)
     groups = {group: number for number, group in enumerate(dict.fromkeys(map(_group, items)))}
     items.sort(key=lambda item: groups[_group(item)])
 

@@ -558,6 +558,7 @@ def test_stacked_layers_train_as_layers_in_a_row(tmp_path):
     assert max(cell["value"] for cell in found.values()) < 1e-3
 
 
+@pytest.mark.slow
 def test_ablations_run_all_variants_at_once(tmp_path, capsys):
     found = found_quickly(ablations, tmp_path)
     for variant in ablations.QUICK_VARIANTS:

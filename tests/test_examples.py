@@ -280,6 +280,7 @@ def test_char_rnn_says_on_the_command_line_what_is_wrong(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_survive_a_nan_batch_only_with_select(tmp_path, capsys):
     results = batch_norm.main(["--quick", "--out", str(tmp_path / "norm.png")])
     finite = {"Param": 0, "BatchStat": 0}
