@@ -16,7 +16,7 @@ from optax_guard._core.measure import measure
 from optax_guard._core.states import Entry, PackedState
 from optax_guard._core.statistics import FirstNorms, add_to_window, median_of
 from optax_guard._core.trees import FloatLeaves
-from optax_guard.wrappers._probe import FAR, count_as_weights
+from optax_guard.wrappers._probe import FAR, Probe, count_as_weights
 
 NUM_RECENT, FEWEST_RECENT = 100, 50
 EARLY_STEPS = 3  # the median of as many norms is a usual one, whichever of them is wrong
@@ -144,23 +144,45 @@ class Response(NamedTuple):
 
 
 def measured_response(
-    norms: jax.Array,
-    gradient_norms: jax.Array,
+    probe: Probe,
     is_due: jax.Array,
+    probed: tuple[Any, ...],
+    gradient_norms: jax.Array,
     state: ClipByUpdateRatioState,
 ) -> Response:
-    """What :class:`Probe` has found; as it was where nothing was measured.
+    """What the probe finds; as it was where nothing is due.
 
     Args:
-      norms: ``[rows, 3]``, of the change, the change by a far gradient and the weights.
+      probe: evaluates the optimizer.
+      is_due: bool.
+      probed: what it is given.
       gradient_norms: ``[rows]``, of what the change answers to.
-      is_due: bool, whether anything was measured.
       state: before this step.
     """
+    before = Response(state.response, state.linearity, state.weight_norms)
+
+    def found(squared_sums):
+        return _response_to(gradient_norms, jnp.sqrt(squared_sums), state.initial_norms, before)
+
+    if not probe.axes.names:
+        return lax.cond(
+            is_due,
+            lambda *probed: found(probe.squared_sums(*probed)),
+            lambda *_: before,
+            *probed,
+        )
+    # All devices communicate in every step, and none of them in a branch.
+    sums = probe.axes.psum(lax.cond(is_due, probe.squared_sums, probe.nothing, *probed))
+    return tree_where(is_due, found(sums), before)
+
+
+def _response_to(
+    gradient_norms: jax.Array, norms: jax.Array, initial: jax.Array, before: Response
+) -> Response:
+    """From ``norms [rows, 3]`` of the change, the change by a far gradient and the weights."""
     change_norms, far_norms, weight_norms = norms.T
-    initial = state.initial_norms
-    is_new = is_due & (initial > 0) & jnp.isfinite(weight_norms)
-    weight_norms = jnp.where(is_new, jnp.maximum(initial, weight_norms), state.weight_norms)
+    is_new = (initial > 0) & jnp.isfinite(weight_norms)
+    weight_norms = jnp.where(is_new, jnp.maximum(initial, weight_norms), before.weight_norms)
 
     def relative(lengths):
         return root_sum_square(safe_ratio(lengths, weight_norms))
@@ -168,10 +190,10 @@ def measured_response(
     change = relative(change_norms)
     response = safe_ratio(change, relative(gradient_norms))
     linearity = safe_ratio(relative(far_norms), FAR * change)
-    knows_far = is_due & (change > 0) & jnp.isfinite(linearity)
+    knows_far = (change > 0) & jnp.isfinite(linearity)
     return Response(
-        jnp.where(is_due & jnp.isfinite(response), response, state.response),
-        jnp.where(knows_far, linearity, state.linearity),
+        jnp.where(jnp.isfinite(response), response, before.response),
+        jnp.where(knows_far, linearity, before.linearity),
         weight_norms,
     )
 

@@ -237,16 +237,13 @@ def clip_with_parts(
         scale = jnp.minimum(1, safe_ratio(jnp.minimum(outlier_limit, _LONGEST_PROBE), safe_norm))
         is_power_of_two = (state.steps & (state.steps - 1)) == 0  # and 0
         is_due = is_usable & (is_power_of_two | (state.steps % measure_every == 0))
-        probe = Probe(inner_update, extra_args, groups, axes)
-        sums = lax.cond(
-            is_due,
-            probe.squared_sums,
-            probe.nothing,
-            *lax.stop_gradient((updates, scale, state.inner_state, params)),
-        )
         leaf_norms = jnp.where(is_finite, measured.leaf_norms, 0)
         known = measured_response(
-            jnp.sqrt(axes.psum(sums)), lax.stop_gradient(leaf_norms * scale), is_due, state
+            Probe(inner_update, extra_args, groups, axes),
+            is_due,
+            lax.stop_gradient((updates, scale, state.inner_state, params)),
+            lax.stop_gradient(leaf_norms * scale),
+            state,
         )
 
         def change_limit(change):
