@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 
 import optax_guard as og
@@ -100,3 +101,24 @@ def test_a_trainer_that_hides_its_state_is_told():
     jax.effects_barrier()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert calls == [(1, og.SkipReason.GRADIENT, ("layers", "out"))]
+
+
+def test_layers_go_by_the_names_that_explain_gives_them():
+    linen = pytest.importorskip("flax.linen")
+    boxed = {"layers": linen.Partitioned(PARAMS["layers"], ("model", None)), "out": PARAMS["out"]}
+    for params in (boxed, PARAMS["layers"]):
+        tx, calls = listening()
+        bad = jax.tree.map(lambda leaf: jnp.nan * leaf, params)
+        _, state = jax.jit(tx.update)(bad, tx.init(params), params)
+        jax.effects_barrier()
+        assert set(calls[0][2]) == set(og.layer_norms(state, params))
+
+
+def test_a_listener_keeps_what_its_closure_holds():
+    """Optimistix makes pytrees of closures, copying the lists, but not the objects, in them."""
+    eqxi = pytest.importorskip("equinox.internal")
+    tx, calls = listening()
+    tx = eqxi.closure_to_pytree(tx)
+    jax.jit(lambda bad: tx.update(bad, tx.init(bad)))(BAD)
+    jax.effects_barrier()
+    assert len(calls) == 1

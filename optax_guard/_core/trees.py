@@ -35,6 +35,19 @@ def strong(leaf: Any) -> Any:
     return jnp.asarray(leaf, dtype=leaf.dtype) if is_weak else leaf
 
 
+def is_flax_box(node: Any) -> bool:
+    """True for what Flax puts around one array, whose path would otherwise end in "/value"."""
+    if not type(node).__module__.startswith("flax."):
+        return False
+    flat, _ = jax.tree_util.tree_flatten_with_path(node)
+    return len(flat) == 1 and flat[0][0] == (jax.tree_util.GetAttrKey("value"),)
+
+
+def name_of(path: Any) -> str:
+    """What reports call the leaf at a path, boxes left out; a single array has no path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
 class FloatLeaves(NamedTuple):
     """The inexact leaves of a tree, and what is needed to put changed ones back.
 
@@ -63,6 +76,17 @@ class FloatLeaves(NamedTuple):
             taken = [next(new) for _ in range(count)]
             nodes.append(node if node is None or not taken else taken[0])
         return jax.tree.unflatten(self.treedef, nodes)
+
+    def names(self) -> list[str]:
+        """What reports call the leaves: their paths, but for a box that Flax has put around one."""
+        found: list[str] = []
+        tree = jax.tree.unflatten(self.treedef, self.nodes)
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none_or_box)
+        for (path, _), count in zip(flat, self.slots, strict=True):
+            place = slice(len(found), len(found) + count)
+            is_own = count == 1 and self.is_present[place.start]
+            found += [name_of(path)] if is_own else self.paths[place]
+        return found
 
     def matching(self, tree: Any) -> tuple[jax.Array, ...]:
         """The leaves of ``tree`` (parameters) that stand where this tree has inexact leaves.
@@ -109,6 +133,10 @@ def float_leaves(tree: Any, params: Any = None, *, count: int | None = None) -> 
 
 def _is_none(node: Any) -> bool:
     return node is None
+
+
+def _is_none_or_box(node: Any) -> bool:
+    return node is None or is_flax_box(node)
 
 
 def _as_none(node: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optax_guard._core.groups import row_suffixes
-from optax_guard._core.trees import is_inexact
+from optax_guard._core.trees import is_flax_box, is_inexact, name_of
 from optax_guard.reading.find import Found
 from optax_guard.wrappers.guard_state import GuardState
 
@@ -27,13 +27,12 @@ class NamedLeaf(NamedTuple):
 
 def named_leaves(params: Any) -> list[NamedLeaf]:
     """The inexact leaves of ``params`` in order, under the names that their author gave them."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_flax_box)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_flax_box)
     result = []
     for path, node in flat:
-        leaf = jax.tree.leaves(node)[0] if _is_flax_box(node) else node
+        leaf = jax.tree.leaves(node)[0] if is_flax_box(node) else node
         if is_inexact(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            result.append(NamedLeaf(name or "params", leaf))  # a single array has no path
+            result.append(NamedLeaf(name_of(path), leaf))
     return result
 
 
@@ -193,11 +192,3 @@ def _unrolled(parts: Sequence[str], layer: str, kinds: Mapping[str, set[Any]], l
             head = "/".join(parts[:depth])
             return "/".join([head + layer, *parts[depth:]])
     return "/".join(parts) + layer
-
-
-def _is_flax_box(node: Any) -> bool:
-    """True for what Flax puts around one array, whose path would otherwise end in "/value"."""
-    if not type(node).__module__.startswith("flax."):
-        return False
-    flat, _ = jax.tree_util.tree_flatten_with_path(node)
-    return len(flat) == 1 and flat[0][0] == (jax.tree_util.GetAttrKey("value"),)

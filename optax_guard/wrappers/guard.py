@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -154,6 +155,8 @@ def guard(
     check_axis_name(axis_name)
     conditions = check_conditions(skip_if)
     inner_update = tolerant_update(inner)
+    # No function, of whose closure Equinox and Optimistix would make a copy: it fills a list there.
+    listener = None if notify is None else functools.partial(notify)
 
     def init(params):
         inner_state = jax.tree.map(strong, inner.init(params))
@@ -210,8 +213,8 @@ def guard(
         verdict = judge(case, reading, groups, conditions, check_update, extra_args)
         new_updates, inner_state = run(proposal, verdict.ok, reader, reading)
         new_state = _record(state, inner_state, reading, verdict, reader.call)
-        if notify is not None:
-            _notify(notify, new_state, gradients, groups, axes)
+        if listener is not None:
+            _notify(listener, new_state, gradients, groups, axes)
         return new_updates, new_state
 
     def _record(state, inner_state, reading, verdict, call):
@@ -299,7 +302,7 @@ def _notify(
     axes: MeshAxes,
 ) -> None:
     """Calls ``notify`` on the host, on a skip only, and from one device."""
-    names = np.asarray(groups.row_names(gradients.paths), object)
+    names = np.asarray(groups.row_names(gradients.names()), object)
 
     def call(step, reason, flags):
         if reason:  # under ``vmap`` every member gets here
