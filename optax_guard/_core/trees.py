@@ -48,6 +48,15 @@ def name_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether these are what ``optax.tree_map_params`` puts in place of parameters.
+
+    It looks for them in the state that ``init`` makes, and compares that with the real one.
+    """
+    is_container = isinstance(params, (dict, list, tuple, type(None)))
+    return not is_container and not jax.tree.leaves(params)
+
+
 class FloatLeaves(NamedTuple):
     """The inexact leaves of a tree, and what is needed to put changed ones back.
 

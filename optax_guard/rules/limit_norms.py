@@ -39,7 +39,7 @@ from optax_guard._core.rescale import Scaling, rescale_and_split
 from optax_guard._core.roots import Measurement, combine
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.transformation import require_params, transformation
-from optax_guard._core.trees import FloatLeaves, float_leaves
+from optax_guard._core.trees import FloatLeaves, float_leaves, is_placeholder
 from optax_guard.rules._packing import pack, unpack_all
 from optax_guard.rules.rule import Context, Rule, no_history
 
@@ -122,7 +122,7 @@ def limit_norms(
         nothing: Any = () if groups.kind == "global" else {_SCOPES[groups.kind]: ()}
         if groups.kind != "each":
             history = pack(rule.init(groups.blocks[0]), groups.blocks[0])
-        elif _is_placeholder(params):
+        elif is_placeholder(params):
             history = jnp.zeros(())
         else:
             axes = NO_AXES
@@ -180,15 +180,6 @@ def limit_norms(
         return split.replace(arrays), new_state
 
     return transformation(name, state_type, init, update)
-
-
-def _is_placeholder(params: Any) -> bool:
-    """Whether these are what ``optax.tree_map_params`` puts in place of parameters.
-
-    It looks for them in the state that ``init`` makes, and compares that with the real one.
-    """
-    is_container = isinstance(params, (dict, list, tuple, type(None)))
-    return not is_container and not jax.tree.leaves(params)
 
 
 def _num_histories(history: Any) -> int | None:

@@ -36,7 +36,13 @@ from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
 from optax_guard._core.reader import Reader, Reading, make_reader
 from optax_guard._core.transformation import transformation
-from optax_guard._core.trees import FloatLeaves, float_leaves, inexact_leaves, strong
+from optax_guard._core.trees import (
+    FloatLeaves,
+    float_leaves,
+    inexact_leaves,
+    is_placeholder,
+    strong,
+)
 from optax_guard.wrappers._judge import Case, judge
 from optax_guard.wrappers._nesting import check_nesting, warn_of_no_stack
 from optax_guard.wrappers.conditions import (
@@ -168,7 +174,8 @@ def guard(
         zeros = jnp.zeros((sum(groups.rows),), jnp.float32)
         return GuardState.pack(
             inner_state=inner_state,
-            stacks=stacks_of(groups.depths),
+            # A leaf for that of tree_map_params, which compares this with the real state.
+            stacks=0 if stacked and is_placeholder(params) else stacks_of(groups.depths),
             guard_step=0,
             skipped_total=0,
             skipped_in_a_row=0,
