@@ -37,6 +37,7 @@ def transformation(
       update: of an Optax transformation with extra args.
     """
     made: list[Any] = []  # the skeleton of what init makes, from its first call on
+    fixed: set[Any] = set()  # extra args without values that it was compiled for
 
     def checked(updates, state, params, **extra_args):
         """``update``; in a compiled function all but that is done once, when it is traced."""
@@ -81,11 +82,19 @@ def transformation(
                 else:
                     static.append((key, value))
             if all(map(_can_be_static, static)):
-                return compiled(*arguments, dynamic, tuple(static))
+                key = tuple(static)
+                if key not in fixed and len(fixed) >= _MOST_PROGRAMS:
+                    compiled.clear_cache()  # there is a new value_fn at every step, or the like
+                    fixed.clear()
+                fixed.add(key)
+                return compiled(*arguments, dynamic, key)
         return checked(updates, state, params, **extra_args)
 
     run.__qualname__ = f"{name}.<locals>.update"  # also of rules that share a factory
     return optax.GradientTransformationExtraArgs(start, run)
+
+
+_MOST_PROGRAMS = 16  # each of them holds memory, of which a process may map 65530 pieces
 
 
 def _all_concrete(tree: Any) -> bool:
