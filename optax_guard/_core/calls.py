@@ -202,8 +202,15 @@ def _wrong_state(name: str, state_type: type, updates: Any, state: Any, params: 
     elif type(state) is tuple and any(isinstance(part, state_type) for part in state):
         place = next(i for i, part in enumerate(state) if isinstance(part, state_type))
         kind += f" that has it at [{place}]"
-    elif isinstance(state, dict) and set(state_type._fields) <= set(state):  # type: ignore[attr-defined]
-        kind += " of its fields, as a checkpoint is restored without a target,"
+    elif isinstance(state, str) or (
+        isinstance(state, dict) and set(state_type._fields) <= set(state)  # type: ignore[attr-defined]
+    ):
+        kind = "dict of its fields" if isinstance(state, dict) else "key of a dict of states"
+        return (
+            f"{name} was given a {kind}, as a checkpoint is restored without a target, where its "
+            f"own {state_type.__name__} belongs. Restore it into tx.init(params), or pass "
+            "og.adopt(tx.init(params), restored)."
+        )
     return (
         f"This state is of another transformation: {name} was given a {kind} where its own "
         f"{state_type.__name__} belongs. Pass what {name}(...).init(params) or the last update() "

@@ -41,6 +41,25 @@ def own_states(tree: Any) -> list[Any]:
     return found
 
 
+def lost_types(tree: Any) -> str:
+    """What to do about states of this library that have become dicts of their fields; else "".
+
+    Checkpoints restored without a target are that, and ``nnx.state`` of an optimizer.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if own_states(tree) or not any(map(_is_packed_vector, flat)):
+        return ""
+    return (
+        f"The given {type(tree).__name__} holds a state as dicts of its fields, as a checkpoint is "
+        "restored without a target. Restore it into tx.init(params), or pass "
+        "og.adopt(tx.init(params), restored); with Flax NNX pass optimizer.opt_state."
+    )
+
+
+def _is_packed_vector(item: tuple[Any, Any]) -> bool:
+    return "integers" in jax.tree_util.keystr(item[0], simple=True, separator="/").split("/")
+
+
 def states_of_type(tree: Any, state_type: type[State]) -> list[State]:
     """Those of one type."""
     return [state for state in own_states(tree) if isinstance(state, state_type)]

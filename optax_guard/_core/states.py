@@ -79,7 +79,13 @@ class Entry:
 
 def _vector(state: Any, field: str) -> Any:
     """A packed vector, taken out of the variable in which Flax may hold it."""
-    return jax.tree.leaves(getattr(state, field))[0]
+    leaves = jax.tree.leaves(getattr(state, field))
+    if not leaves:
+        raise ValueError(
+            f"This {type(state).__name__} has no array in {field!r}. Pass the whole optimizer "
+            "state, not a part that eqx.filter or eqx.partition made of it."
+        )
+    return leaves[0]
 
 
 def flag(field: str, doc: str) -> Entry:

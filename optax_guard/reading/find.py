@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from optax_guard._core.calls import is_transformation
-from optax_guard._core.find import is_own_state
+from optax_guard._core.find import is_own_state, lost_types
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.rollback import RollbackState
 
@@ -119,7 +119,8 @@ def no_state(opt_state: Any, what: str) -> ValueError:
             "which tx.init(params) and tx.update(...) return."
         )
     return ValueError(
-        f"No {what} was found in the given {kind}. Wrap the optimizer in og.guard(...) or "
+        lost_types(opt_state)
+        or f"No {what} was found in the given {kind}. Wrap the optimizer in og.guard(...) or "
         "og.stabilize(...), and pass the optimizer state."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from optax_guard._core.calls import is_transformation
-from optax_guard._core.find import is_own_state
+from optax_guard._core.find import is_own_state, lost_types
 
 
 def unwrap(opt_state: Any) -> Any:
@@ -32,6 +32,7 @@ def unwrap(opt_state: Any) -> Any:
 
     Raises:
       TypeError: if it is given the transformation.
+      ValueError: if states have lost their types, in a checkpoint restored without a target.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -44,6 +45,8 @@ def unwrap(opt_state: Any) -> Any:
             f"unwrap takes an optimizer state, but got a {type(opt_state).__name__}, the "
             "transformation. Pass what its init(params) or update(...) returned."
         )
+    if lost_types(opt_state):
+        raise ValueError(lost_types(opt_state))
 
     def strip(node):
         return unwrap(node.inner_state) if _wraps(node) else node

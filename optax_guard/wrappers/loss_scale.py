@@ -20,7 +20,7 @@ from optax_guard._core.checks import (
     check_transformation,
     shown,
 )
-from optax_guard._core.find import is_wrapper_state, states_of_type
+from optax_guard._core.find import is_wrapper_state, lost_types, states_of_type
 from optax_guard._core.inner import gradient_like, tolerant_update
 from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
@@ -231,7 +231,8 @@ def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
     states = states_of_type(opt_state, DynamicLossScaleState)
     if len(states) != 1:
         raise ValueError(
-            f"scale_loss needs an optimizer state with one loss scale; {len(states)} were found "
+            lost_types(opt_state)
+            or f"scale_loss needs an optimizer state with one loss scale; {len(states)} were found "
             f"in the given {type(opt_state).__name__}. Wrap the optimizer once, in "
             "og.dynamic_loss_scale(...), and pass its state: og.scale_loss(loss, opt_state)."
         )
