@@ -84,7 +84,8 @@ def transformation(
             if all(map(_can_be_static, static)):
                 key = tuple(static)
                 if key not in fixed and len(fixed) >= _MOST_PROGRAMS:
-                    compiled.clear_cache()  # there is a new value_fn at every step, or the like
+                    # There is a new value_fn at every step, or the like.
+                    compiled.clear_cache()  # type: ignore[attr-defined]
                     fixed.clear()
                 fixed.add(key)
                 return compiled(*arguments, dynamic, key)
