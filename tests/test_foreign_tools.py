@@ -221,8 +221,3 @@ def test_half_a_state_is_called_that():
     half, _ = eqx.partition(og.guard(ADAM).init(PARAMS), eqx.is_inexact_array)
     with pytest.raises(ValueError, match=r"has no array in 'integers'\. Pass the whole optimizer"):
         og.metrics(half)
-
-
-def test_the_state_of_an_optimizer_is_not_taken_for_its_gradients():
-    with pytest.raises(ValueError, match="No guard state was found"):
-        og.diagnose(ADAM.init(PARAMS), PARAMS)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from optax_guard._core.calls import is_optimizer_state, is_transformation
+from optax_guard._core.calls import is_transformation
 from optax_guard._core.checks import check_number
 from optax_guard._core.find import lost_types
 from optax_guard.reading._readings import Reading, from_gradients, from_state
@@ -167,7 +167,7 @@ def diagnose(
     leaves = gradient_leaves(params)
     readings = from_state(grads_or_state, leaves)
     if readings is None:
-        if is_optimizer_state(grads_or_state) or lost_types(grads_or_state):
+        if lost_types(grads_or_state):
             raise no_state(grads_or_state, "guard state")
         readings = from_gradients(grads_or_state, leaves)
     limits = _Limits(float(exploding_ratio), float(vanishing_ratio), float(dead_fraction))
