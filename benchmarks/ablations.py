@@ -58,7 +58,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "the rule": Variant(),
     "without any limit": Variant(NONE, NONE, NONE),
-    "without the limit on the change": Variant(NONE, parts=Parts(harmless=0.003 / NONE)),
+    "without the limit on the change": Variant(NONE, parts=Parts(harmless=0.0075 / NONE)),
     "without the limit by usual norms": Variant(median_ratio=NONE),
     "without the limit on first norms": Variant(max_norm=NONE),
     "without what is harmless": Variant(parts=Parts(harmless=0.0)),

@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     """
 
     distrust: float = 0.1
-    harmless: float = 0.06
+    harmless: float = 0.15
     gross: float = 60.0
     bounded: float = 0.5
 

@@ -67,14 +67,14 @@ def clip_by_update_ratio(
         s(c)     =  r(c) * min(1, r(c))**0.1            and a little less far beyond it
         usual    =  min(median of the first `warmup_steps` norms n, n included,
                         median of the last 100 limits, once there are 50)
-        m        =  max(median_ratio * usual, n * s(0.06 * max_ratio))
+        m        =  max(median_ratio * usual, n * s(0.15 * max_ratio))
         m        <- m * min(1, 60 m / n)                after the first 50 norms
         g        <- g * min(1, m / n, s(max_ratio))
         n        <= max_norm, too, in the first 3 steps
 
     ``update`` is that of ``optimizer``, weight by weight. The first limit knows what norms are
     usual in this run and were so lately, as they were after the cut, so that it cannot follow an
-    explosion; but a gradient that changes the weights by 0.06 of `max_ratio` or less is never
+    explosion; but a gradient that changes the weights by 0.15 of `max_ratio` or less is never
     touched, however much norms have risen. Far beyond the limit it falls again, so that a gross
     outlier counts for next to nothing. The second limit knows when a step is too large for the
     weights that it meets. It needs no history, so that the very first step is bounded, and no
