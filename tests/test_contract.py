@@ -47,7 +47,8 @@ STACKED = jax.tree.map(lambda *leaves: jnp.stack(leaves), *STEPS)
 VALUES = jnp.array([2.0, 1.9, 1.8, 1.7, 1.6, 1.5])
 
 
-# What takes long is tried on these first, and on the others with ``-m slow``.
+# What takes long, or is owed to what all share, is tried on these first, and on the others with
+# ``-m slow``.
 DIVERSE = (
     "clip_by_norm",
     "clip_by_zscore",
@@ -55,6 +56,10 @@ DIVERSE = (
     "normalize_and_scale",
     "guard-adam",
 )
+
+
+def is_alike(row: registry.Row) -> bool:
+    return row.name not in DIVERSE
 
 
 class Compiled:
@@ -268,7 +273,7 @@ def test_state_of_another_transformation_is_refused(row):
         row.make().update(STEPS[0], other.init(PARAMS), PARAMS)
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_leaves_that_belong_to_parameters_can_be_mapped(row):
     tx = row.make()
     state = tx.init(PARAMS)
@@ -338,7 +343,7 @@ def test_wrappers_drop_extra_args_that_the_inner_rejects(row):
 # Transformations of JAX
 
 
-@rows(variants=True)
+@rows(variants=True, is_slow=is_alike)
 def test_scan_gives_what_a_loop_gives(row):
     compiled = _compiled(row.name)
     updates, states = compiled.walk()
@@ -347,7 +352,7 @@ def test_scan_gives_what_a_loop_gives(row):
     assertions.assert_close(actual, (stacked, states[-1]), rtol=ROUNDING, atol=ROUNDING)
 
 
-@rows(is_slow=lambda row: row.name not in DIVERSE)
+@rows(is_slow=is_alike)
 def test_vmap_gives_what_single_runs_give(row):
     compiled = _compiled(row.name)
     healthy = jax.tree.map(lambda leaf: jnp.nan_to_num(leaf) * 0.5, STACKED)
@@ -360,7 +365,7 @@ def test_vmap_gives_what_single_runs_give(row):
     assertions.assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_state_can_be_donated(row):
     compiled = _compiled(row.name)
     _, expected = compiled.walk()
@@ -373,7 +378,7 @@ def test_state_can_be_donated(row):
         assertions.assert_same_bits(state, expected[2])
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_state_survives_pickling_and_msgpack(row):
     compiled = _compiled(row.name)
     _, states = compiled.walk()
@@ -400,7 +405,7 @@ def _note_compilation(event: str, *_: Any, **__: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_eager_update_compiles_nothing_after_its_first_calls(row):
     tx = row.make()
     state = tx.init(PARAMS)
@@ -423,7 +428,7 @@ def test_no_number_in_a_state_is_nan_after_a_bad_step(row):
 FOR_LEAKS = ("clip_by_zscore", "clip_by_norm-unit", "clip_by_update_ratio", "rollback")
 
 
-@rows(variants=True)
+@rows(variants=True, is_slow=is_alike)
 def test_passes_the_checks_of_jax_wherever_plain_sgd_does(row):
     tx = row.wrap(optax.sgd(0.1)) if row.wrap else row.make()
     params = PARAMS | {"kernel": PARAMS["kernel"].astype(jnp.bfloat16)}
@@ -519,7 +524,7 @@ def middle_steps(row: registry.Row) -> dict[str, Any]:
     return cases
 
 
-@rows(is_slow=lambda row: row.name not in DIVERSE)
+@rows(is_slow=is_alike)
 def test_derivatives_are_finite_and_agree_in_both_modes(row):
     compute = derivatives(_compiled(row.name).tx, jnp.float32)
     direction = direction_like(zero_offsets(jnp.float32))
@@ -540,9 +545,7 @@ def test_derivatives_are_finite_and_agree_in_both_modes(row):
 
 
 # One guard stands for all, since the rest of a derivative is that of its inner optimizer.
-@rows(
-    lambda row: row.wrap is None or row.name in DIVERSE, is_slow=lambda row: row.name not in DIVERSE
-)
+@rows(lambda row: row.wrap is None or row.name in DIVERSE, is_slow=is_alike)
 def test_derivative_is_that_of_the_formula(row, x64):
     tx = row.make()
 
@@ -626,7 +629,7 @@ def sharded_run(row: registry.Row) -> Any:
     )
 
 
-@rows(variants=True)
+@rows(is_slow=lambda row: is_alike(row) and row.name not in FEW, variants=True)
 def test_shard_map_with_axis_name_equals_one_device(row):
     expected = _compiled(row.name).run(PARAMS, STACKED, VALUES)
     actual = jax.jit(sharded_run(row))(PARAMS, STACKED, VALUES)
@@ -758,7 +761,7 @@ def with_identity(row: registry.Row) -> Any:
     return row.wrap(optax.identity()) if row.wrap else row.make()
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_leaves_that_are_no_floats_pass_untouched_beside_floats_of_all_kinds(row):
     tx = with_identity(row)
     params = odd_tree() | {"float0": jnp.int32(3)}
@@ -803,7 +806,7 @@ def test_masked_leaves_are_left_out(row):
     assertions.assert_same_bits(jax.tree.leaves(state), jax.tree.leaves(state_alone))
 
 
-@rows()
+@rows(is_slow=is_alike)
 def test_empty_trees_work(row):
     tx = row.make()
     state = jax.eval_shape(tx.init, {})
@@ -822,7 +825,7 @@ def test_empty_trees_work(row):
 # Hyperparameters
 
 
-@rows(lambda row: row.inject, is_slow=lambda row: row.name not in DIVERSE, variants=True)
+@rows(lambda row: row.inject, is_slow=is_alike, variants=True)
 def test_thresholds_can_be_injected(row):
     inject = row.inject
     injected = optax.inject_hyperparams(inject.factory, static_args=inject.static_args)
