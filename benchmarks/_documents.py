@@ -66,9 +66,11 @@ def demonstration(folder: Path) -> str:
     )
 
 
-def _variants(folder: Path, prefix: str, kind: str, value: str) -> dict[str, Row]:
-    """Rows on CPU of one tree or setup, by variant."""
-    found = [each for each in _records.records(folder, prefix) if each.platform == "cpu"]
+def _variants(
+    folder: Path, prefix: str, kind: str, value: str, platform: str = "cpu"
+) -> dict[str, Row]:
+    """Rows on a platform of one tree or setup, by variant."""
+    found = [each for each in _records.records(folder, prefix) if each.platform == platform]
     rows = _records.rows(found, (kind, "variant"))
     return {row["variant"]: row for row in rows if row[kind] == value}
 
@@ -88,11 +90,23 @@ def cost(folder: Path) -> str:
             f"that. Compiling takes {seconds[0]} s without, and {', '.join(seconds[1:4])} and "
             f"{seconds[4]} s with these."
         )
+        if steps := _variants(folder, "step_cost", "tree", "transformer", "gpu"):
+            ratios = [f"{steps[name]['ratio']:.2f}" for name in names]
+            sentences.append(
+                f"On an H100 steps take {', '.join(ratios[:3])} and {ratios[3]} times."
+            )
     if calls := _variants(folder, "call_overhead", "setup", "call, 64-64-10"):
-        over = [f"{calls[name]['over_guarded_clip']:.1f}" for name in ("og.guard", "og.stabilize")]
+        gpu = _variants(folder, "call_overhead", "setup", "call, 64-64-10", "gpu")
+        over = [
+            f"{found[name]['over_guarded_clip']:.1f}"
+            for found in (calls, gpu)
+            for name in ("og.guard", "og.stabilize")
+            if found
+        ]
+        there = f", on an H100 {over[2]} and {over[3]} times" if gpu else ""
         sentences.append(
             "On a tiny network the call itself is what takes time: on 64-64-10 it takes "
-            f"{over[0]} and {over[1]} times as long with them as with Optax's guarded clip."
+            f"{over[0]} and {over[1]} times as long with them as with Optax's guarded clip{there}."
         )
     return _wrap(" ".join(sentences))
 

@@ -65,8 +65,9 @@ def clip_by_median(
       A transformation of updates of any float or complex dtype, each returned in its own. All
       statistics are float32 (float64 for float64 leaves). Under ``optax.inject_hyperparams`` pass
       ``static_args=("warmup_steps", "observe_steps")``. Cost: one read of the updates, and a sort
-      of ``warmup_steps`` norms for each group at each step of the warm-up, none later; 428 bytes
-      of state for scope "global", 408 more for each group of the others.
+      of ``warmup_steps`` norms for each group at each step of the warm-up, later none unless they
+      are 256 or fewer in all; 428 bytes of state for scope "global", 408 more for each group of
+      the others.
 
     Raises:
       ValueError: if ``ratio`` is negative, NaN or no scalar, a count is out of range, or ``scope``
