@@ -3,9 +3,9 @@
     pytest -m tpu tests/test_accelerators.py      # in an environment with libtpu>=0.0.52
 
 The package `libtpu` compiles for chips that are only described. With it installed every program
-that imports JAX looks for a TPU, so these tests have an environment of
-their own. The bounds hold with libtpu 0.0.52,
-not with the 0.0.42 that jax[tpu] of JAX 0.10 asks for (guard: 1.4 to 1.7 gradients' bytes more).
+that imports JAX looks for a TPU, so these tests have an environment of their own. The bounds hold
+with libtpu 0.0.52, not with the 0.0.42 that jax[tpu] of JAX 0.10 asks for (guard: 1.4 to 1.7
+gradients' bytes more).
 
 The compiler of the H100 works in the same way, but takes 4.6 GB to install, so it is asked by hand:
 
