@@ -26,12 +26,13 @@ from optax_guard.rules.zero_nonfinite import zero_nonfinite
 from optax_guard.runlog.history import History
 from optax_guard.wrappers.backoff import backoff
 from optax_guard.wrappers.clip_by_update_ratio import clip_by_update_ratio
-from optax_guard.wrappers.conditions import Condition, norm_above, spike
+from optax_guard.wrappers.conditions import Condition, norm_above
 from optax_guard.wrappers.guard import guard
 from optax_guard.wrappers.loss_scale import dynamic_loss_scale, scale_loss
 from optax_guard.wrappers.microbatch import skip_microbatch
 from optax_guard.wrappers.reasons import SkipReason
 from optax_guard.wrappers.rollback import rollback
+from optax_guard.wrappers.spike import spike
 from optax_guard.wrappers.stabilize import stabilize
 
 __version__ = "0.2.0"

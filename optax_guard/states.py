@@ -11,11 +11,11 @@ from optax_guard.wrappers._update_ratio import (
     ClipByUpdateRatioState as ClipByUpdateRatioState,
 )
 from optax_guard.wrappers.backoff import BackoffState
-from optax_guard.wrappers.conditions import SpikeState
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.loss_scale import DynamicLossScaleState
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
 from optax_guard.wrappers.rollback import RollbackState
+from optax_guard.wrappers.spike import SpikeState
 
 ClipByNormState = rule_state("clip_by_norm")
 ClipByRmsState = rule_state("clip_by_rms")

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from optax_guard._core.arrays import root_sum_square, safe_ratio, tree_where
 from optax_guard._core.axes import AxisName, resolve_axes_at_init
+from optax_guard._core.calls import ToldError
 from optax_guard._core.groups import Groups
 from optax_guard._core.measure import measure
 from optax_guard._core.states import Entry, PackedState
@@ -210,3 +212,35 @@ def ratio_limit(
     allowed = jnp.where(is_known, safe_ratio(allowed, known.response), 1)
     factor = allowed * jnp.minimum(allowed, 1) ** distrust
     return jnp.where(is_known, factor * norm, jnp.inf)
+
+
+def refuse_accumulation(inner_state: Any) -> None:
+    """Updates that are zero but for the last of a window tell no response."""
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
+    name = next((type(node).__name__ for node in nodes if isinstance(node, kinds)), None)
+    start = "clip_by_update_ratio, the default clip of stabilize, cannot see what optax."
+    if name == "MultiStepsState":
+        raise ValueError(
+            f"{start}MultiSteps will do with a micro-batch. Write "
+            "optax.MultiSteps(og.stabilize(optimizer), k) instead of "
+            "og.stabilize(optax.MultiSteps(optimizer, k)), and "
+            "should_skip_update_fn=og.skip_microbatch to leave out bad micro-batches."
+        )
+    if name is not None:
+        raise ValueError(
+            f"{start}apply_every will do with an update. Write "
+            "optax.chain(og.stabilize(optimizer), optax.apply_every(k)) instead of "
+            "og.stabilize(optax.chain(optimizer, optax.apply_every(k)))."
+        )
+
+
+def check_window(state: ClipByUpdateRatioState, warmup_steps: int) -> None:
+    """Raises unless the state keeps so many first norms."""
+    if state.first_norms.shape[-1] != warmup_steps:
+        raise ToldError(
+            "This state is of another transformation: clip_by_update_ratio was given one with "
+            f"warmup_steps={state.first_norms.shape[-1]}, and has {warmup_steps}. Make a new one "
+            "with init(params), and carry the old one over with "
+            "og.adopt(new_tx.init(params), old_state)."
+        )

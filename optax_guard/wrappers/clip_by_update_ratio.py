@@ -11,7 +11,7 @@ from jax import lax
 
 from optax_guard._core.arrays import safe_ratio, tree_where
 from optax_guard._core.axes import AxisName, parameters, resolve_axes, state_of_optimizer
-from optax_guard._core.calls import ToldError, check_number_of_rows
+from optax_guard._core.calls import check_number_of_rows
 from optax_guard._core.checks import (
     check_axis_name,
     check_callable,
@@ -35,10 +35,12 @@ from optax_guard.wrappers._update_ratio import (
     ClipByUpdateRatioState,
     Parts,
     add_to_recent,
+    check_window,
     initial_norms,
     measured_response,
     num_rows,
     ratio_limit,
+    refuse_accumulation,
     usual_norm,
 )
 
@@ -188,7 +190,7 @@ def clip_with_parts(
         groups = groups_of(split)
         norms = initial_norms(split, groups, axis_name)
         inner_state = jax.tree.map(strong, optimizer.init(params))
-        _refuse_accumulation(inner_state)
+        refuse_accumulation(inner_state)
         first = no_first_norms(groups.blocks[0], warmup_steps)
         return ClipByUpdateRatioState.pack(
             inner_state=inner_state,
@@ -218,7 +220,7 @@ def clip_with_parts(
         axes = resolve_axes(axis_name, split.paths, split.arrays, also=also)
         groups = groups_of(split)
         check_number_of_rows("clip_by_update_ratio", split, sum(groups.rows), num_rows(state))
-        _check_window(state, warmup_steps)
+        check_window(state, warmup_steps)
         measured = measure(
             split.arrays,
             groups,
@@ -282,35 +284,3 @@ def clip_with_parts(
         return new_updates, new_state._replace(inner_state=inner_state)
 
     return transformation("clip_by_update_ratio", ClipByUpdateRatioState, init, update)
-
-
-def _refuse_accumulation(inner_state: Any) -> None:
-    """Updates that are zero but for the last of a window tell no response."""
-    kinds = (optax.MultiStepsState, optax.ApplyEvery)
-    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
-    name = next((type(node).__name__ for node in nodes if isinstance(node, kinds)), None)
-    start = "clip_by_update_ratio, the default clip of stabilize, cannot see what optax."
-    if name == "MultiStepsState":
-        raise ValueError(
-            f"{start}MultiSteps will do with a micro-batch. Write "
-            "optax.MultiSteps(og.stabilize(optimizer), k) instead of "
-            "og.stabilize(optax.MultiSteps(optimizer, k)), and "
-            "should_skip_update_fn=og.skip_microbatch to leave out bad micro-batches."
-        )
-    if name is not None:
-        raise ValueError(
-            f"{start}apply_every will do with an update. Write "
-            "optax.chain(og.stabilize(optimizer), optax.apply_every(k)) instead of "
-            "og.stabilize(optax.chain(optimizer, optax.apply_every(k)))."
-        )
-
-
-def _check_window(state: ClipByUpdateRatioState, warmup_steps: int) -> None:
-    """Raises unless the state keeps so many first norms."""
-    if state.first_norms.shape[-1] != warmup_steps:
-        raise ToldError(
-            "This state is of another transformation: clip_by_update_ratio was given one with "
-            f"warmup_steps={state.first_norms.shape[-1]}, and has {warmup_steps}. Make a new one "
-            "with init(params), and carry the old one over with "
-            "og.adopt(new_tx.init(params), old_state)."
-        )

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from optax_guard._core.arrays import increment, tree_where
 from optax_guard._core.axes import (
     AxisName,
-    MeshAxes,
     parameters,
     resolve_axes,
     resolve_axes_at_init,
@@ -30,7 +28,7 @@ from optax_guard._core.checks import (
     check_transformation,
 )
 from optax_guard._core.finite import is_nonfinite, stack_flags
-from optax_guard._core.groups import Groups, Stacked, make_groups
+from optax_guard._core.groups import Stacked, make_groups
 from optax_guard._core.inner import gradient_like, tolerant_update
 from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
@@ -45,6 +43,7 @@ from optax_guard._core.trees import (
 )
 from optax_guard.wrappers._judge import Case, judge
 from optax_guard.wrappers._nesting import check_nesting, warn_of_no_stack
+from optax_guard.wrappers._notify import call_host
 from optax_guard.wrappers.conditions import (
     Condition,
     check_conditions,
@@ -221,7 +220,7 @@ def guard(
         new_updates, inner_state = run(proposal, verdict.ok, reader, reading)
         new_state = _record(state, inner_state, reading, verdict, reader.call)
         if listener is not None:
-            _notify(listener, new_state, gradients, groups, axes)
+            call_host(listener, new_state, gradients, groups, axes)
         return new_updates, new_state
 
     def _record(state, inner_state, reading, verdict, call):
@@ -299,31 +298,3 @@ def _nonfinite_now(tree: Any, split: FloatLeaves, axis_name: AxisName) -> jax.Ar
     ]
     axes = resolve_axes_at_init(axis_name, split.paths, split.arrays)
     return axes.any(stack_flags(flags))
-
-
-def _notify(
-    notify: Callable[..., Any],
-    state: GuardState,
-    gradients: FloatLeaves,
-    groups: Groups,
-    axes: MeshAxes,
-) -> None:
-    """Calls ``notify`` on the host, on a skip only, and from one device."""
-    names = np.asarray(groups.row_names(gradients.names()), object)
-
-    def call(step, reason, flags):
-        if reason:  # under ``vmap`` every member gets here
-            found = tuple(names[np.asarray(flags)])
-            notify(int(step), SkipReason(int(reason)), found)
-
-    is_mine = jnp.asarray(True)
-    for name in axes.names:
-        is_mine &= lax.axis_index(name) == 0
-    lax.cond(
-        state.last_step_skipped & is_mine,
-        lambda *numbers: jax.debug.callback(call, *numbers),
-        lambda *numbers: None,
-        state.guard_step - 1,  # counted from 0, as in ``explain``
-        state.skip_reason,
-        state.last_fault_leaves,
-    )
