@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -163,6 +165,24 @@ def test_report_is_one_page_with_words_tables_and_picture(path, tmp_path, capsys
     kind, _, content = source.partition(",")
     assert kind == "data:image/png;base64"
     assert base64.b64decode(content, validate=True).startswith(b"\x89PNG")
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_the_page(path, tmp_path):
+    target = og.History.load(path).report(tmp_path / "report.html")
+    options = ("headless", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~NOTFOUND")
+    shot, profile = tmp_path / "page.png", tmp_path / "profile"
+    more = (f"user-data-dir={profile}", f"screenshot={shot}", "window-size=900,1200", "dump-dom")
+    command = [BROWSER, *(f"--{option}" for option in (*options, *more)), target.as_uri()]
+    shown = subprocess.run(command, capture_output=True, timeout=120, check=True, text=True)
+    assert "skipped: 1 of 4 steps" in Page(shown.stdout).words
+    pixels = plt.imread(shot)[..., :3]
+    assert pixels.shape[:2] == (1200, 900)
+    is_orange = (pixels[..., 0] > 0.7) & (pixels[..., 1] < 0.5) & (pixels[..., 2] < 0.3)
+    assert is_orange.sum() > 20  # the mark of the skipped step is drawn
 
 
 def test_names_are_text_in_the_page(tmp_path):
