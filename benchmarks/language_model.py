@@ -16,6 +16,12 @@ no clip, a norm of 1 and the default are compared.
 the gradients, the longer its steps can become, which a limit that feeds on its own response must
 not answer by cutting more.
 
+Found: the default is within 0.02 nats of the better of no clip and a norm of 1 with AdamW and
+Adafactor at every rate, and with schedule-free but for the highest. With Lion, SOAP, Muon and
+momentum it is as good as no clip, to 0.01, or better, and a norm of 1 is up to 0.08 better still:
+it evens out what each batch adds to the momentum. Bursts at 1000 times the loss cost the default
+0.006 nats, bursts at once the loss 0.05, and 0.002 with `skip_if=og.spike()`.
+
 Reference: Wortsman et al., Small-scale proxies for large-scale Transformer training instabilities,
 2023, https://arxiv.org/abs/2309.14322.
 """
