@@ -6,6 +6,7 @@ transformation promises is in ``test_contract.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import assertions
@@ -322,9 +323,30 @@ def test_matrices_may_be_split_along_any_dimension_of_an_explicit_mesh(form, spe
     assertions.assert_close(updates, expected, rtol=ROUNDING, atol=1e-8)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "make", [partial(og.clip_by_norm, 0.5), og.normalize_by_ema_norm], ids=["norm", "ema"]
+)
+def test_rows_may_be_split_over_one_axis_and_units_over_another(make, check_vma):
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    tx = make(scope="unit", axis_name=lambda path, leaf: "d")
+    split = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g), g)[0],
+        mesh=mesh,
+        in_specs=P("d", "t"),
+        out_specs=P("d", "t"),
+        check_vma=check_vma,
+    )
+    gradients = random_like(jnp.ones((4, 6)))
+    whole = make(scope="unit")
+    expected, _ = whole.update(gradients, whole.init(gradients), gradients)
+    np.testing.assert_allclose(jax.jit(split)(gradients), expected, rtol=ROUNDING)
+
+
 # Frozen and partial parameters
 
-LAYERS = {"frozen": jnp.eye(4), "trained": jnp.eye(4)}
+EYE = jnp.eye(4)
+LAYERS = {"frozen": EYE, "trained": EYE}
 SMALL = {"frozen": jnp.full((4, 4), 10.0), "trained": jnp.full((4, 4), 0.01)}
 IS_FROZEN = {"frozen": True, "trained": False}
 IS_TRAINED = {"frozen": False, "trained": True}
@@ -367,6 +389,50 @@ def test_a_gradient_that_reaches_no_output_is_neither_measured_nor_judged(freeze
         updates, after = step(SMALL | {name: SMALL[name] * jnp.nan}, state, LAYERS)
         assert bool(after.last_step_skipped) == is_skipped
     assertions.assert_same_bits(updates, jax.tree.map(lambda leaf: -0.0 * leaf, LAYERS))
+
+
+# What comes before or behind a clip, so that it no longer measures the very gradients.
+CHAINS = {
+    "scale, norm": (optax.scale(0.5), og.clip_by_norm(1.0)),
+    "zscore, rms": (og.clip_by_zscore(), og.clip_by_rms(10.0)),
+    "decay, norm by unit": (optax.add_decayed_weights(0.0), og.clip_by_norm(1.0, scope="unit")),
+    "norm, l1": (og.clip_by_norm(1.0), og.add_l1(0.0)),
+    "largest elements": (og.clip_by_max_ema(),),
+    "scale, zeroes": (optax.scale(1.0), og.zero_nonfinite()),
+    "norm of weights": (og.clip_by_param_norm(0.5, scope="global"),),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_frozen_gradient_counts_nowhere_in_a_chain(chain):
+    tx = og.guard(optax.chain(*CHAINS[chain], FREEZES["partition"](optax.sgd(1.0))))
+    weights = LAYERS | {"frozen": 1e3 * LAYERS["frozen"]}
+    (_, state), (updates, after) = (
+        jax.jit(tx.update)(SMALL | {"frozen": frozen}, tx.init(weights), weights)
+        for frozen in (SMALL["frozen"], jnp.full((4, 4), jnp.inf))
+    )
+    alone = og.guard(optax.chain(*CHAINS[chain], optax.sgd(1.0)))
+    weights, gradients = {"trained": LAYERS["trained"]}, {"trained": SMALL["trained"]}
+    expected, own = alone.update(gradients, alone.init(weights), weights)
+    assert not after.last_step_skipped and after.unused_leaves.tolist() == [True, False]
+    np.testing.assert_allclose(updates["trained"], expected["trained"], rtol=ROUNDING)
+    np.testing.assert_allclose(state.grad_norm, own.grad_norm, rtol=ROUNDING)
+
+
+def test_a_clip_behind_another_still_sees_long_gradients_of_trained_weights():
+    tx = og.guard(optax.chain(*CHAINS["scale, norm"], FREEZES["partition"](optax.sgd(1.0))))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, LAYERS), tx.init(LAYERS), LAYERS)
+    np.testing.assert_allclose(norm_of(updates["trained"]), 1.0, rtol=ROUNDING)
+
+
+def test_an_overflow_of_a_frozen_gradient_does_not_lower_the_loss_scale():
+    for protect in (og.guard, og.stabilize):
+        tx = og.dynamic_loss_scale(protect(FREEZES["partition"](optax.sgd(1.0))))
+        state = tx.init(LAYERS)
+        scaled = {"frozen": jnp.full((4, 4), jnp.inf), "trained": 0.01 * state.loss_scale * EYE}
+        updates, after = jax.jit(tx.update)(scaled, state, LAYERS)
+        assert after.loss_scale == state.loss_scale and after.overflows_total == 0
+        np.testing.assert_allclose(updates["trained"], -0.01 * EYE, rtol=ROUNDING)
 
 
 def test_updates_behind_a_frozen_gradient_are_zero_unless_they_may_be_nan():

@@ -84,7 +84,7 @@ class MeshAxes(NamedTuple):
 
     def any(self, flags: jax.Array) -> jax.Array:
         """Whether each flag holds on any device."""
-        return self.psum(flags.astype(jnp.int32)) > 0 if self.names else flags
+        return self.psum(_vary(flags.astype(jnp.int32), self.names)) > 0 if self.names else flags
 
     def mean(self, value: jax.Array) -> jax.Array:
         """Over all devices."""
@@ -92,18 +92,22 @@ class MeshAxes(NamedTuple):
 
     def max(self, values: jax.Array) -> jax.Array:
         """The largest of each value over all devices."""
-        return _pmax(values, self.names) if self.names else values
+        return _pmax(_vary(values, self.names), self.names) if self.names else values
 
     def vary(self, index: int, tree: Any) -> Any:
         """Arrays that each device has for the groups of a leaf, of the type that says so."""
-        for name in self.kept[index] if self.names else ():
-            tree = jax.tree.map(
-                lambda x, name=name: x + 0 * lax.axis_index(name).astype(x.dtype), tree
-            )
-        return tree
+        names = self.kept[index] if self.names else ()
+        return jax.tree.map(functools.partial(_vary, names=names), tree)
 
 
 NO_AXES = MeshAxes()
+
+
+def _vary(value: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The same, of the type of what differs over these axes."""
+    for name in names:
+        value += 0 * lax.axis_index(name).astype(value.dtype)
+    return value
 
 
 def _where_first(term: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -44,7 +44,25 @@ def run(proposal: Proposal, ok: jax.Array, reader: Reader, reading: Reading) -> 
         plain = functools.partial(_select_at_the_end, unwatched, ok)
         return jax.jvp(plain, (arguments,), (tangents[2],))
 
-    return _unflatten(plan, select(ok, reading.answers, proposal.arguments))
+    return _unflatten(plan, select(ok, reading.answers, _needed(proposal)))
+
+
+def _needed(proposal: Proposal) -> tuple[Any, ...]:
+    """The arguments, zeros in place of those that matter to nothing.
+
+    The call has a derivative rule, and JAX takes all operands of such a call as used: a guard
+    around this one would watch over the gradients that this one leaves out.
+    """
+    plan = proposal.plan
+    needed = set(plan.old_state)
+    for program in filter(None, (plan.program, plan.question)):
+        needed.update(place for place, wanted in enumerate(program.is_input) if wanted)
+    pairs = zip(plan.gradients, plan.is_used, strict=True)
+    needed.update(place for place, is_used in pairs if is_used and place is not None)
+    return tuple(
+        value if place in needed or not is_inexact(value) else jnp.zeros((), value.dtype)
+        for place, value in enumerate(proposal.arguments)
+    )
 
 
 def evaluate(proposal: Proposal, arguments: Sequence[Any], reading: Reading) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from optax_guard._core.calls import ToldError
-from optax_guard._core.listening import Heard, listen_for
+from optax_guard._core.listening import Heard, Listener, Masks, listen_for
 from optax_guard._core.sums import MeasureCall
 from optax_guard._core.trees import FloatLeaves, is_inexact, strong
 
@@ -98,21 +98,32 @@ def propose(
     """Traces ``update(gradients, state, params, **extra_args)`` to a jaxpr."""
     static = {name: value for name, value in extra_args.items() if not _is_tree_of_arrays(value)}
     dynamic = {name: value for name, value in extra_args.items() if name not in static}
-    heard: list[Heard] = []
-
-    def call(nodes, state, params, dynamic):
-        tree = jax.tree.unflatten(gradients.treedef, nodes)
-        arrays = _same_arrays(gradients, nodes)
-        with listen_for(arrays) as listener:
-            updates, new_state = update(tree, state, params, **dynamic, **static)
-        found = listener.heard
-        heard.extend([] if found is None else [found._replace(operands=((), ()), result=())])
-        question, answers = ((), ()) if found is None else (found.operands, found.result)
-        return updates, new_state, question, answers
-
     inputs = (list(gradients.nodes), state, params, dynamic)
-    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*inputs)
-    _check_state(state, shapes[1])
+
+    def trace(masks: Masks) -> _Traced:
+        heard: list[Heard] = []
+        noted: list[_Noted] = []
+
+        def call(nodes, state, params, dynamic):
+            tree = jax.tree.unflatten(gradients.treedef, nodes)
+            arrays = _same_arrays(gradients, nodes)
+            with listen_for(arrays, masks) as listener:
+                updates, new_state = update(tree, state, params, **dynamic, **static)
+            found = listener.heard
+            heard.extend([] if found is None else [found._replace(operands=((), ()), result=())])
+            question, answers = ((), ()) if found is None else (found.operands, found.result)
+            notes, outputs = _notes(listener)
+            noted.extend(notes)
+            return updates, new_state, question, answers, outputs
+
+        closed, shapes = jax.make_jaxpr(call, return_shape=True)(*inputs)
+        return _Traced(closed, shapes, heard[0].call if heard else None, noted)
+
+    traced = trace({})
+    _check_state(state, traced.shapes[1])
+    start = len(traced.closed.consts)
+    masks = _masks(traced, range(start, start + len(jax.tree.leaves(inputs[0]))))
+    closed, shapes, heard, _ = trace(masks) if masks else traced
 
     counts = [len(closed.consts), *(len(jax.tree.leaves(part)) for part in inputs)]
     starts = np.cumsum([0, *counts]).tolist()
@@ -122,13 +133,14 @@ def propose(
     places = _places(gradients, sections[1].start)
     num_main = len(jax.tree.leaves(shapes[:2]))
     question_treedef = jax.tree.structure(shapes[2])
-    programs = _split(closed.jaxpr, num_main, question_treedef.num_leaves)
+    num_answers = len(jax.tree.leaves(shapes[3]))
+    programs = _split(closed.jaxpr, num_main, question_treedef.num_leaves, num_answers)
     is_used = tuple(place is not None and programs[0].is_input[place] for place in places)
     plan = Plan(
         program=programs[0],
         question=programs[1],
         question_treedef=question_treedef,
-        heard=heard[0].call if heard else None,
+        heard=heard,
         is_used=is_used,
         gradients=places,
         sanitized=frozenset(i for i in faulty if is_inexact(arguments[i])),
@@ -156,11 +168,74 @@ def _places(gradients: FloatLeaves, start: int) -> tuple[int | None, ...]:
     return tuple(places)
 
 
-def _split(jaxpr: core.Jaxpr, num_main: int, num_operands: int) -> tuple[Program, Program | None]:
+class _Noted(NamedTuple):
+    """A measurement inside: its rule, which arrays it looked at, which of these are traced."""
+
+    number: int
+    is_used: tuple[bool, ...]
+    traced: tuple[int, ...]
+    num_results: int
+
+
+class _Traced(NamedTuple):
+    closed: core.ClosedJaxpr
+    shapes: Any
+    heard: MeasureCall | None
+    noted: list[_Noted]
+
+
+def _notes(listener: Listener) -> tuple[list[_Noted], list[Any]]:
+    """What is known of the measurements inside, and their traced arrays and results, in a row."""
+    notes, outputs = [], []
+    for number, arrays, is_used, results in listener.measured:
+        pairs = enumerate(zip(arrays, is_used, strict=True))
+        traced = tuple(i for i, (array, used) in pairs if used and listener.is_own(array))
+        notes.append(_Noted(number, is_used, traced, len(results)))
+        outputs += [*(arrays[i] for i in traced), *results]
+    return notes, outputs
+
+
+def _masks(traced: _Traced, gradients: range) -> Masks:
+    """What each rule is to leave out: gradients that reach no output but through measurements.
+
+    Args:
+      traced: the first trace.
+      gradients: their places among the inputs.
+    """
+    jaxpr = traced.closed.jaxpr
+    num_main = len(jax.tree.leaves(traced.shapes[:2]))
+    rest = iter(jaxpr.outvars[len(jax.tree.leaves(traced.shapes[:4])) :])
+    arrays, results = [], []
+    for note in traced.noted:
+        arrays.append(list(itertools.islice(rest, len(note.traced))))
+        results += itertools.islice(rest, note.num_results)
+    main = jaxpr.outvars[:num_main]
+    produced = {atom for atom in results if isinstance(atom, core.Var)}
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    equations = [e for e in jaxpr.eqns if produced.isdisjoint(e.outvars)]
+    program = _program(jaxpr, [*inputs, *(produced - set(inputs))], main, equations).jaxpr
+    atoms = itertools.chain(program.outvars, *(equation.invars for equation in program.eqns))
+    live = {atom for atom in atoms if isinstance(atom, core.Var)}
+    moved = {inputs[place] for place in gradients}
+    for equation in equations:
+        if any(isinstance(atom, core.Var) and atom in moved for atom in equation.invars):
+            moved.update(equation.outvars)
+    masks: dict[int, tuple[bool, ...]] = {}
+    for note, own in zip(traced.noted, arrays, strict=True):
+        dead = {i for i, atom in zip(note.traced, own, strict=True) if atom in moved - live}
+        if dead:
+            pairs = enumerate(masks.get(note.number, note.is_used))
+            masks[note.number] = tuple(is_used and i not in dead for i, is_used in pairs)
+    return masks
+
+
+def _split(
+    jaxpr: core.Jaxpr, num_main: int, num_operands: int, num_answers: int
+) -> tuple[Program, Program | None]:
     """The program without the measurement inside, and that which its operands take."""
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     main, rest = jaxpr.outvars[:num_main], jaxpr.outvars[num_main:]
-    question, answers = rest[:num_operands], rest[num_operands:]
+    question, answers = rest[:num_operands], rest[num_operands : num_operands + num_answers]
     produced = set(answers)
     equations = [e for e in jaxpr.eqns if produced.isdisjoint(e.outvars)]
     program = _program(jaxpr, [*inputs, *answers], main, equations)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_guard._core.axes import MeshAxes
 from optax_guard._core.groups import Stacked, make_groups
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure_and_watch
 from optax_guard._core.plan import Plan, Proposal
 from optax_guard._core.roots import Measurement, merge_rows
@@ -103,7 +104,8 @@ def make_reader(
     watch: Watch | None = None,
 ) -> Reader:
     """The reader of the gradients of a proposal."""
-    plan, heard = proposal.plan, proposal.plan.heard
+    plan = proposal.plan._replace(is_used=narrow(proposal.plan.is_used))
+    heard = plan.heard
     groups = make_groups("global", gradients.paths, gradients.arrays, stacked=stacked)
     is_shared = heard is not None and heard.axes == axes and heard.watch is None
     if heard is not None and is_shared:

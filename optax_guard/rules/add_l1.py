@@ -14,6 +14,7 @@ from optax_guard._core.arrays import increment, promote, tree_where
 from optax_guard._core.axes import AxisName, axes_of_elements
 from optax_guard._core.checks import check_axis_name, check_number, shown
 from optax_guard._core.groups import make_groups
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure
 from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves
@@ -101,7 +102,13 @@ def add_l1(
         ]
         groups = make_groups("global", split.paths, split.arrays)
         axes = axes_of_elements(axis_name, split.paths, split.arrays)
-        measured = measure(split.arrays, groups, axes=axes, small_norms_matter=False)
+        measured = measure(
+            split.arrays,
+            groups,
+            axes=axes,
+            is_used=narrow(split.is_present),
+            small_norms_matter=False,
+        )
         is_finite = jnp.all(measured.leaf_finite)
         new_state = AddL1State(increment(state.steps))
         return split.replace(arrays), tree_where(is_finite, new_state, state)

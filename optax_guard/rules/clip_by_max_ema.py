@@ -14,6 +14,7 @@ from optax_guard._core.arrays import safe_ratio, times, tree_where
 from optax_guard._core.axes import AxisName, resolve_axes
 from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups, stack
+from optax_guard._core.listening import narrow, note
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.statistics import corrected_weight, moving_average
@@ -85,15 +86,22 @@ def clip_by_max_ema(
         split = float_leaves(updates, params, count=len(count))
         axes = resolve_axes(axis_name, split.paths, split.arrays)
         groups = make_groups("leaf", split.paths, split.arrays)
+        is_used = narrow(split.is_present)
         measured = measure(
             split.arrays,
             groups,
             axes=axes,
-            is_used=split.is_present,
+            is_used=is_used,
             small_norms_matter=False,
         )
         is_finite = measured.leaf_finite
-        largest = stack([_largest(leaf, groups.dtype) for leaf in split.arrays], groups.dtype)
+        nothing = jnp.zeros((), groups.dtype)
+        pairs = zip(split.arrays, is_used, strict=True)
+        largest = stack(
+            [_largest(leaf, groups.dtype) if used else nothing for leaf, used in pairs],
+            groups.dtype,
+        )
+        note(split.arrays, is_used, largest)
         largest = axes.max(largest)
         usable = is_finite & (largest > 0)
         largest = jnp.where(usable, largest, 1)

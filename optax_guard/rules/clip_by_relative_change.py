@@ -14,6 +14,7 @@ from optax_guard._core.arrays import safe_ratio, tree_where
 from optax_guard._core.axes import AxisName, parameters, resolve_axes
 from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups, stack
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import RANGES, Scaling, rescale
 from optax_guard._core.states import count_step, rule_state, start_counting
@@ -87,7 +88,7 @@ def clip_by_relative_change(
             split.arrays,
             groups,
             axes=axes,
-            is_used=split.is_present,
+            is_used=narrow(split.is_present),
             small_norms_matter=False,
         )
         is_finite = measured.leaf_finite

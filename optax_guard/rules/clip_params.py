@@ -15,6 +15,7 @@ from optax_guard._core.arrays import promote, tree_where
 from optax_guard._core.axes import AxisName, axes_of_elements
 from optax_guard._core.checks import check_axis_name, check_number
 from optax_guard._core.groups import make_groups
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure
 from optax_guard._core.states import count_step, rule_state, start_counting
 from optax_guard._core.transformation import require_params, transformation
@@ -98,7 +99,13 @@ def clip_params(
         for leaf, new in zip(split.arrays, held, strict=True):
             is_held |= jnp.any((new != leaf) & (leaf == leaf))
         groups = make_groups("global", split.paths, split.arrays)
-        measured = measure(split.arrays, groups, axes=axes, small_norms_matter=False)
+        measured = measure(
+            split.arrays,
+            groups,
+            axes=axes,
+            is_used=narrow(split.is_present),
+            small_norms_matter=False,
+        )
         is_finite = jnp.all(measured.leaf_finite)
         is_held = axes.any(is_held)
         new_state = count_step(state, is_cut=is_held, scale=jnp.ones(()), history=())

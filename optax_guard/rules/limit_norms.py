@@ -33,6 +33,7 @@ from optax_guard._core.checks import (
     shown,
 )
 from optax_guard._core.groups import Groups, Scope, make_groups
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import Scaling, rescale_and_split
 from optax_guard._core.roots import combine
@@ -149,12 +150,13 @@ def limit_norms(
         if is_each:
             is_flat = bool(split.arrays) and can_be_flat(split.arrays) and not axes.has_kept
             groups = groups._replace(is_flat=is_flat)
-        contexts = _contexts(rule, groups, split, params, state.steps, axes, name)
+        is_used = narrow(split.is_present)
+        contexts = _contexts(rule, groups, split, params, is_used, state.steps, axes, name)
         measured = measure(
             split.arrays,
             groups,
             axes=axes,
-            is_used=split.is_present,
+            is_used=is_used,
             small_norms_matter=_small_norms_matter(rule, contexts),
         )
         histories = unpack_all(rule.init, state.history, groups, name)
@@ -196,6 +198,7 @@ def _contexts(
     groups: Groups,
     split: FloatLeaves,
     params: Any,
+    is_used: Sequence[bool],
     step: jax.Array,
     axes: MeshAxes,
     name: str,
@@ -208,7 +211,7 @@ def _contexts(
             split.matching(params),
             groups,
             axes=axes,
-            is_used=split.is_present,
+            is_used=is_used,
             small_norms_matter=jnp.asarray(rule.param_norm_floor) < _SMALL_NORM,
         )
         param_norms = measured.norms

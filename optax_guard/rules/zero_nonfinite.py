@@ -12,6 +12,7 @@ import optax
 from optax_guard._core.arrays import increment
 from optax_guard._core.axes import AxisName, MeshAxes, axes_of_elements
 from optax_guard._core.checks import check_axis_name, check_choice
+from optax_guard._core.listening import narrow, note
 from optax_guard._core.states import Entry, PackedState
 from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves
@@ -100,8 +101,16 @@ def zero_nonfinite(
             jnp.where(is_bad, jnp.zeros_like(leaf), leaf)
             for leaf, is_bad in zip(split.arrays, zeroed, strict=True)
         ]
-        counts = axes.count_once([jnp.sum(is_bad, dtype=jnp.int32) for is_bad in zeroed])
-        per_leaf = axes.psum(jnp.stack(counts)) if counts else jnp.zeros((0,), jnp.int32)
+        is_used, nothing = narrow(split.is_present), jnp.zeros((), jnp.int32)
+        counts = axes.count_once(
+            [
+                jnp.sum(is_bad, dtype=jnp.int32) if used else nothing
+                for is_bad, used in zip(zeroed, is_used, strict=True)
+            ]
+        )
+        per_leaf = jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)
+        note(split.arrays, is_used, per_leaf)
+        per_leaf = axes.psum(per_leaf)
         return split.replace(arrays), _record(state, per_leaf)
 
     return transformation("zero_nonfinite", ZeroNonfiniteState, init, update)

@@ -21,6 +21,7 @@ from optax_guard._core.checks import (
 )
 from optax_guard._core.groups import Stacked, make_groups
 from optax_guard._core.inner import gradient_like, tolerant_update
+from optax_guard._core.listening import narrow
 from optax_guard._core.measure import measure
 from optax_guard._core.rescale import Scaling, rescale
 from optax_guard._core.states import counted
@@ -225,7 +226,7 @@ def clip_with_parts(
             split.arrays,
             groups,
             axes=axes,
-            is_used=split.is_present,
+            is_used=narrow(split.is_present),
             small_norms_matter=False,
         )
         (norm,), is_finite = measured.norms, jnp.all(measured.leaf_finite)
