@@ -230,3 +230,15 @@ def test_one_transformation_serves_models_of_unlike_containers():
     updates, state = tx.update(first, state, first)
     assert isinstance(updates, TinyState)
     assert int(state.skipped_total) == 0
+
+
+def test_a_run_comes_over_from_the_guard_of_optax():
+    theirs = optax.apply_if_finite(ADAM, 5)
+    _, old = theirs.update(GRADS, theirs.init(PARAMS), PARAMS)
+    new = og.guard(ADAM).init(PARAMS)
+    with pytest.raises(ValueError, match=re.escape("such as old_state.inner_state.")):
+        og.adopt(new, old)
+    carried = og.adopt(new, old.inner_state)
+    np.testing.assert_array_equal(
+        optax.tree.get(carried, "mu")["w"], optax.tree.get(old, "mu")["w"]
+    )

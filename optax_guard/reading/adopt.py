@@ -192,11 +192,13 @@ class _Carrier:
         for title, arrays in lost.items():
             more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
             texts.append(f"{title} with {', '.join(arrays[:3])}{more}")
+        inside = ", such as old_state.inner_state" if hasattr(old.source, "inner_state") else ""
         raise ValueError(
             f"adopt found no place in new_state for what old_state holds: {'; '.join(texts)}. The "
             "new transformation has no such state, or one of other shapes. Make it with the same "
             "optimizer and parameters; or, to leave this behind on purpose, put optax.EmptyState() "
-            "in its place in old_state, or pass only the part of old_state that is to be carried."
+            "in its place in old_state, or pass only the part of old_state that is to be carried"
+            f"{inside}."
         )
 
 
