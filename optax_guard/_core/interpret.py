@@ -60,7 +60,7 @@ def _needed(proposal: Proposal) -> tuple[Any, ...]:
     pairs = zip(plan.gradients, plan.is_used, strict=True)
     needed.update(place for place, is_used in pairs if is_used and place is not None)
     return tuple(
-        value if place in needed or not is_inexact(value) else jnp.zeros((), value.dtype)
+        value if place in needed or not is_inexact(value) else jnp.zeros((), jnp.result_type(value))
         for place, value in enumerate(proposal.arguments)
     )
 
