@@ -37,7 +37,7 @@ def transformation(
       update: of an Optax transformation with extra args.
     """
     made: list[Any] = []  # the skeleton of what init makes, from its first call on
-    fixed: set[Any] = set()  # extra args without values that it was compiled for
+    fixed = _Fixed()
 
     def checked(updates, state, params, **extra_args):
         """``update``; in a compiled function all but that is done once, when it is traced."""
@@ -83,16 +83,26 @@ def transformation(
                     static.append((key, value))
             if all(map(_can_be_static, static)):
                 key = tuple(static)
-                if key not in fixed and len(fixed) >= _MOST_PROGRAMS:
+                if key not in fixed.seen and len(fixed.seen) >= _MOST_PROGRAMS:
                     # There is a new value_fn at every step, or the like.
                     compiled.clear_cache()  # type: ignore[attr-defined]
-                    fixed.clear()
-                fixed.add(key)
+                    fixed.seen.clear()
+                fixed.seen.add(key)
                 return compiled(*arguments, dynamic, key)
         return checked(updates, state, params, **extra_args)
 
     run.__qualname__ = f"{name}.<locals>.update"  # also of rules that share a factory
     return optax.GradientTransformationExtraArgs(start, run)
+
+
+class _Fixed:
+    """Extra args without values that an update was compiled for.
+
+    Not a bare set: Optimistix takes closures apart, and wants to hash what it finds.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[Any] = set()
 
 
 _MOST_PROGRAMS = 16  # each of them holds memory, of which a process may map 65530 pieces
