@@ -84,7 +84,9 @@ class MeshAxes(NamedTuple):
 
     def any(self, flags: jax.Array) -> jax.Array:
         """Whether each flag holds on any device."""
-        return self.psum(_vary(flags.astype(jnp.int32), self.names)) > 0 if self.names else flags
+        return (
+            self.psum(vary_over(flags.astype(jnp.int32), self.names)) > 0 if self.names else flags
+        )
 
     def mean(self, value: jax.Array) -> jax.Array:
         """Over all devices."""
@@ -92,18 +94,18 @@ class MeshAxes(NamedTuple):
 
     def max(self, values: jax.Array) -> jax.Array:
         """The largest of each value over all devices."""
-        return _pmax(_vary(values, self.names), self.names) if self.names else values
+        return _pmax(vary_over(values, self.names), self.names) if self.names else values
 
     def vary(self, index: int, tree: Any) -> Any:
         """Arrays that each device has for the groups of a leaf, of the type that says so."""
         names = self.kept[index] if self.names else ()
-        return jax.tree.map(functools.partial(_vary, names=names), tree)
+        return jax.tree.map(functools.partial(vary_over, names=names), tree)
 
 
 NO_AXES = MeshAxes()
 
 
-def _vary(value: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def vary_over(value: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """The same, of the type of what differs over these axes."""
     for name in names:
         value += 0 * lax.axis_index(name).astype(value.dtype)

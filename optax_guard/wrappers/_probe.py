@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from optax_guard._core.arrays import is_partitioned, promote, replicated, times
-from optax_guard._core.axes import MeshAxes
+from optax_guard._core.axes import MeshAxes, vary_over
 from optax_guard._core.groups import Groups
 from optax_guard._core.inner import gradient_like
 from optax_guard._core.trees import float_leaves
@@ -55,7 +55,8 @@ class Probe(NamedTuple):
 
         def added_by(scale):
             moved = answer([times(leaf, scale) for leaf in split.arrays])
-            return self._varying(self._rows(list(map(_change, moved, resting)), weights))
+            rows = self._rows(list(map(_change, moved, resting)), weights)
+            return vary_over(rows, self.axes.names)
 
         # Not in a loop, whose invariants XLA would write to memory.
         near, far = added_by(scale), added_by(FAR * scale)
@@ -64,7 +65,7 @@ class Probe(NamedTuple):
     def nothing(self, gradients, scale, inner_state, params) -> jax.Array:
         """Zeros of the same type."""
         del gradients, scale, inner_state, params
-        return self._varying(jnp.zeros((sum(self.groups.rows), 3), jnp.float32))
+        return vary_over(jnp.zeros((sum(self.groups.rows), 3), jnp.float32), self.axes.names)
 
     def _rows(self, changes: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
         counts = count_as_weights(self.groups)
@@ -75,12 +76,6 @@ class Probe(NamedTuple):
             parts.append(_squared_sums(change, weight, depth) if counts[i] else zeros)
         parts = [parts[0], *self.axes.count_once(parts[1:])]
         return jnp.concatenate(parts)
-
-    def _varying(self, rows: jax.Array) -> jax.Array:
-        """The same over all named axes, for the types of ``shard_map``."""
-        for name in self.axes.names:
-            rows = rows + 0.0 * lax.axis_index(name).astype(rows.dtype)
-        return rows
 
 
 def _barrier(leaf: Any) -> Any:

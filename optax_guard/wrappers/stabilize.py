@@ -42,10 +42,10 @@ def stabilize(
     ======================================================  =========  ======  ====
 
     It loses most on the fourth line, a badly conditioned network. Beside no clip it costs a small
-    language model nothing with six optimizers of seven (schedule-free at too high a rate loses
-    0.09 nats); beside a norm of 1 it is 0.02 to 0.08 nats behind with Lion, Muon, SOAP and
-    momentum. Where norms rise for good reasons and stay (a second loss, a curriculum), it ends
-    within a third of the loss without a clip; look at ``recent_clip_rate`` in :func:`metrics`.
+    language model at most 0.01 nats with six optimizers of seven (schedule-free at too high a rate
+    loses 0.09); beside a norm of 1 it is up to 0.08 nats behind with Lion, Muon, SOAP and momentum.
+    Where norms rise for good reasons and stay (a second loss, a curriculum), it ends within a third
+    of the loss without a clip; look at ``recent_clip_rate`` in :func:`metrics`.
     Bursts of bad batches at the usual loss are shortened too little: ``skip_if=spike()`` leaves
     them out.
 
