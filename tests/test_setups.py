@@ -395,11 +395,11 @@ def test_a_gradient_that_reaches_no_output_is_neither_measured_nor_judged(freeze
 CHAINS = {
     "scale, norm": (optax.scale(0.5), og.clip_by_norm(1.0)),
     "zscore, rms": (og.clip_by_zscore(), og.clip_by_rms(10.0)),
-    "decay, norm by unit": (optax.add_decayed_weights(0.0), og.clip_by_norm(1.0, scope="unit")),
+    "decay, norm by unit": (optax.add_decayed_weights(0.1), og.clip_by_norm(0.05, scope="unit")),
     "norm, l1": (og.clip_by_norm(1.0), og.add_l1(0.0)),
     "largest elements": (og.clip_by_max_ema(),),
     "scale, zeroes": (optax.scale(1.0), og.zero_nonfinite()),
-    "norm of weights": (og.clip_by_param_norm(0.5, scope="global"),),
+    "norm of weights": (og.clip_by_param_norm(0.01, scope="global"),),
 }
 
 
