@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from optax_guard._core.collectives import pmax, psum, vary_over, where_first
 from optax_guard._core.trees import is_inexact
 
 Names = str | tuple[str, ...] | None
@@ -46,7 +46,7 @@ class MeshAxes(NamedTuple):
         if not self.names:
             return list(terms)
         return [
-            _where_first(term, self._without(own + kept))
+            where_first(term, self._without(own + kept))
             for term, own, kept in zip(terms, self.of_leaves, self.kept, strict=True)
         ]
 
@@ -58,7 +58,7 @@ class MeshAxes(NamedTuple):
             names = self._without(kept)
             for part, sums in zip(
                 once,
-                _psum([[part[place] for place in places] for part in once], names),
+                psum([[part[place] for place in places] for part in once], names),
                 strict=True,
             ):
                 for place, value in zip(places, sums, strict=True):
@@ -68,7 +68,7 @@ class MeshAxes(NamedTuple):
     def total_of_groups(self, values: jax.Array) -> jax.Array:
         """The sum over all leaves and devices of ``[leaves]``, each made of groups."""
         pairs = zip(values, self.kept, strict=True)
-        return self.psum(sum(_where_first(value, self._without(kept)) for value, kept in pairs))
+        return self.psum(sum(where_first(value, self._without(kept)) for value, kept in pairs))
 
     def _without(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in self.names if name not in names)
@@ -80,7 +80,7 @@ class MeshAxes(NamedTuple):
 
     def psum(self, tree: Any) -> Any:
         """One ``psum`` of all arrays of a tree that share a dtype; the identity without axes."""
-        return _psum(tree, self.names)
+        return psum(tree, self.names)
 
     def any(self, flags: jax.Array) -> jax.Array:
         """Whether each flag holds on any device."""
@@ -94,7 +94,7 @@ class MeshAxes(NamedTuple):
 
     def max(self, values: jax.Array) -> jax.Array:
         """The largest of each value over all devices."""
-        return _pmax(vary_over(values, self.names), self.names) if self.names else values
+        return pmax(vary_over(values, self.names), self.names) if self.names else values
 
     def vary(self, index: int, tree: Any) -> Any:
         """Arrays that each device has for the groups of a leaf, of the type that says so."""
@@ -103,45 +103,6 @@ class MeshAxes(NamedTuple):
 
 
 NO_AXES = MeshAxes()
-
-
-def vary_over(value: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The same, of the type of what differs over these axes."""
-    for name in names:
-        value += 0 * lax.axis_index(name).astype(value.dtype)
-    return value
-
-
-def _where_first(term: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    for name in names:
-        term = jnp.where(lax.axis_index(name) == 0, term, jnp.zeros_like(term))
-    return term
-
-
-def _psum(tree: Any, names: tuple[str, ...]) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    if not names or not leaves:
-        return tree
-    flat = lax.psum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), names)
-    parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return jax.tree.unflatten(
-        treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _pmax(values: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return lax.pmax(values, names)
-
-
-@_pmax.defjvp
-def _pmax_jvp(names, primals, tangents):
-    # JAX has none. Where several devices hold the maximum, the mean, as within one array.
-    (values,), (dots,) = primals, tangents
-    largest = _pmax(values, names)
-    is_mine = values == largest
-    dot, count = _psum((jnp.where(is_mine, dots, 0), is_mine.astype(dots.dtype)), names)
-    return largest, dot / jnp.maximum(count, 1)
 
 
 def resolve_axes(
@@ -266,10 +227,7 @@ def no_elements(leaf: Any) -> Any:
     """A float array without elements that varies over the same mesh axes; others as they are."""
     if not is_inexact(leaf):
         return leaf
-    nothing = jnp.zeros((0,), leaf.dtype)
-    for name in sorted(_varying(leaf)):
-        nothing = nothing + 0 * lax.axis_index(name).astype(leaf.dtype)
-    return nothing
+    return vary_over(jnp.zeros((0,), leaf.dtype), tuple(sorted(_varying(leaf))))
 
 
 def _name(what: str, path: str) -> str:

@@ -21,8 +21,9 @@ from optax_guard.reading.names import (
     named_leaves,
     network_order,
 )
+from optax_guard.wrappers._verdict import guard_inside
 from optax_guard.wrappers.guard_state import GuardState
-from optax_guard.wrappers.loss_scale import DynamicLossScaleState, guard_inside
+from optax_guard.wrappers.loss_scale import DynamicLossScaleState
 from optax_guard.wrappers.microbatch import SkipMicrobatchState
 from optax_guard.wrappers.reasons import SkipReason
 from optax_guard.wrappers.rollback import RollbackState

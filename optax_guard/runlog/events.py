@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,7 @@ from optax_guard.reading.clips import with_scope
 from optax_guard.reading.metrics import label_of
 from optax_guard.runlog.about import About
 from optax_guard.runlog.fetch import LEAF_NORMS, STEP, Record
-
-_PREFIX = "guard/"
-Series = Callable[[str], np.ndarray]
+from optax_guard.runlog.happenings import PREFIX, Happening, Series, find_happenings, has_risen
 
 
 class Guard(NamedTuple):
@@ -65,24 +63,6 @@ class Clip(NamedTuple):
     scale: np.ndarray
     recent_rate: np.ndarray
     recent_scale: np.ndarray
-
-
-class Happening(NamedTuple):
-    """Something else that counts: an overflow, a return, a micro-batch left out.
-
-    Attributes:
-      kind: ``"overflow"``, ``"rollback"``, ``"back-off"``, ``"micro-batch"`` or ``"zeroed"``.
-      label: of the state that counts it.
-      happened: bool, whether it did since the record before.
-      total: float64, so far.
-      calls: float64, steps that the state has counted so far; NaN where it counts none.
-    """
-
-    kind: str
-    label: str
-    happened: np.ndarray
-    total: np.ndarray
-    calls: np.ndarray
 
 
 class Events(NamedTuple):
@@ -148,7 +128,7 @@ def find_events(records: Sequence[Record], about: About | None = None) -> Events
         records=records,
         guards=guards,
         clips=clips,
-        happenings=tuple(_happenings(fields, series)),
+        happenings=tuple(find_happenings(fields, series)),
         levels=_levels(fields, series),
         norm=norm,
         received=_received(norm, now, clips, about),
@@ -160,7 +140,7 @@ def _fields_of_places(records: Sequence[Record]) -> dict[str, set[str]]:
     """For each state, by the place of its metrics, what it has recorded."""
     fields: dict[str, set[str]] = {}
     for key in dict.fromkeys(key for record in records for key in record):
-        if key.startswith(_PREFIX):
+        if key.startswith(PREFIX):
             place, _, field = key.rpartition("/")
             fields.setdefault(place + "/", set()).add(field)
     return fields
@@ -175,9 +155,7 @@ def _guard(place: str, series: Series) -> Guard:
     skipped = has_risen(total)
     skipped[:1] |= flag[:1]
     norm = np.where(is_fresh, series(place + "grad_norm"), np.nan)
-    return Guard(
-        place, label_of(place.removeprefix(_PREFIX)), calls, total, skipped, is_fresh, norm
-    )
+    return Guard(place, label_of(place.removeprefix(PREFIX)), calls, total, skipped, is_fresh, norm)
 
 
 def _clip(place: str, scope: str, series: Series, skipped_now: np.ndarray) -> Clip:
@@ -185,7 +163,7 @@ def _clip(place: str, scope: str, series: Series, skipped_now: np.ndarray) -> Cl
     acted = has_risen(total)
     acted[:1] |= (scale[:1] != 1) & (total[:1] > 0) & ~skipped_now[:1]
     factory = [part for part in place.split("/") if part and not part.isdigit()][-1]
-    label = label_of(place.removeprefix(_PREFIX))
+    label = label_of(place.removeprefix(PREFIX))
     return Clip(
         place,
         with_scope(label, factory, scope),
@@ -219,35 +197,6 @@ def _received(
         return np.where(is_unknown, np.nan, norm * factor)
 
 
-def _happenings(fields: dict[str, set[str]], series: Series) -> list[Happening]:
-    """By what only states of their kind have recorded."""
-    kinds = (
-        ("overflow", "overflows_total", "last_step_overflowed"),
-        ("rollback", "rollbacks_total", "last_step_rolled_back"),
-        ("zeroed", "zeroed_steps_total", ""),
-    )
-    found = []
-    for place, names in fields.items():
-        label, calls = label_of(place.removeprefix(_PREFIX)), series(place + "steps")
-        for kind, total_name, flag_name in kinds:
-            if total_name in names:
-                total, flag = series(place + total_name), series(place + flag_name) == 1
-                happened = has_risen(total)
-                happened[:1] |= flag[:1]
-                found.append(Happening(kind, label, happened, total, calls))
-        if "steps_left" in names:  # rises with every skip
-            happened = has_risen(series(place + "steps_left"))
-            total = np.cumsum(happened) * 1.0
-            found.append(Happening("back-off", label, happened, total, calls))
-        if "microbatch_skipped" in names:
-            happened = series(place + "microbatch_skipped") == 1
-            counted = [name for name in names if name.endswith("_total")]
-            total = series(place + counted[0]) if counted else np.cumsum(happened) * 1.0
-            happened = happened | has_risen(total)
-            found.append(Happening("micro-batch", label, happened, total, calls))
-    return found
-
-
 def _levels(fields: dict[str, set[str]], series: Series) -> dict[str, np.ndarray]:
     names = (("loss_scale", "loss scale"), ("factor", "step factor"))
     return {
@@ -256,14 +205,6 @@ def _levels(fields: dict[str, set[str]], series: Series) -> dict[str, np.ndarray
         for place in fields
         if field in fields[place]
     }
-
-
-def has_risen(total: np.ndarray) -> np.ndarray:
-    """Whether a counter is higher than in the record before that has it."""
-    risen = np.zeros(len(total), bool)
-    known = np.flatnonzero(np.isfinite(total))
-    risen[known[1:]] = np.diff(total[known]) > 0
-    return risen
 
 
 def total_of(counter: np.ndarray, events: Events) -> int:

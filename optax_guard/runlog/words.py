@@ -10,8 +10,9 @@ import numpy as np
 
 from optax_guard.reading.clips import PARTS, advice, needs_a_word
 from optax_guard.runlog.about import About
-from optax_guard.runlog.events import Clip, Events, Guard, Happening, total_of
+from optax_guard.runlog.events import Clip, Events, Guard, total_of
 from optax_guard.runlog.fetch import FAULT_LEAVES, Record
+from optax_guard.runlog.happenings import Happening
 from optax_guard.runlog.layers import names_for, ordered
 from optax_guard.wrappers.reasons import SkipReason
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from optax_guard._core.arrays import is_partitioned, promote, replicated, times
-from optax_guard._core.axes import MeshAxes, vary_over
+from optax_guard._core.axes import MeshAxes
+from optax_guard._core.collectives import vary_over
 from optax_guard._core.groups import Groups
 from optax_guard._core.inner import gradient_like
 from optax_guard._core.trees import float_leaves

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard._core.find import states_of_type
+from optax_guard._core.find import is_wrapper_state, states_of_type
 from optax_guard.wrappers.guard_state import GuardState
 
 
@@ -42,3 +42,12 @@ def verdict(old_state: Any, new_state: Any) -> Verdict:
         has_acted |= acted
         is_skipped |= acted & new.last_step_skipped
     return Verdict(is_skipped, has_acted & ~is_skipped)
+
+
+def guard_inside(state: Any) -> GuardState | None:
+    """The guard that every bad step that is handed on to this state meets first."""
+    while is_wrapper_state(state):
+        if isinstance(state, GuardState):
+            return state
+        state = state.inner_state
+    return None

@@ -20,7 +20,7 @@ from optax_guard._core.checks import (
     check_transformation,
     shown,
 )
-from optax_guard._core.find import is_wrapper_state, lost_types, states_of_type
+from optax_guard._core.find import lost_types, states_of_type
 from optax_guard._core.inner import gradient_like, tolerant_update
 from optax_guard._core.interpret import run
 from optax_guard._core.plan import propose
@@ -28,7 +28,7 @@ from optax_guard._core.reader import Reading, make_reader
 from optax_guard._core.states import Entry, PackedState, flag
 from optax_guard._core.transformation import transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
-from optax_guard.wrappers.guard_state import GuardState
+from optax_guard.wrappers._verdict import guard_inside
 
 _LARGEST_SCALE = 2.0**126  # its reciprocal is no subnormal float32
 
@@ -274,15 +274,6 @@ def _check_bounds(min_scale: Any, initial_scale: Any, max_scale: Any) -> None:
             "initial_scale must be in [min_scale, max_scale], got "
             f"initial_scale={initial_scale!r}, min_scale={min_scale!r}, max_scale={max_scale!r}."
         )
-
-
-def guard_inside(state: Any) -> GuardState | None:
-    """The guard that every bad step that is handed on to this state meets first."""
-    while is_wrapper_state(state):
-        if isinstance(state, GuardState):
-            return state
-        state = state.inner_state
-    return None
 
 
 def _widen(tree: Any) -> Any:

@@ -194,18 +194,15 @@ def rollback(
                 returns, go_back(step, state), go_on(step, state)
             )
 
-        since = jnp.where(is_taken, 0, jnp.where(returns, 0, since))
+        since = jnp.where(is_taken | returns, 0, since)
+        quiet = jnp.where(is_skipped, 0, healthy_in_a_row)
         total = state.rollbacks_total
         return new_updates, RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=snapshot.params,
             snapshot_state=snapshot_state,
             healthy_since_snapshot=jnp.where(is_healthy, increment(since), since),
-            healthy_in_a_row=jnp.where(
-                is_healthy,
-                increment(healthy_in_a_row),
-                jnp.where(is_skipped, 0, healthy_in_a_row),
-            ),
+            healthy_in_a_row=jnp.where(is_healthy, increment(quiet), quiet),
             bad_in_a_row=jnp.where(returns, 0, in_a_row),
             rollbacks_total=jnp.where(returns, increment(total), total),
             last_step_rolled_back=returns,
