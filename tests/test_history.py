@@ -194,6 +194,17 @@ def test_guards_of_a_partition_are_recorded_side_by_side():
     assert entry["guard/fast/grad_norm"] == norms["dense/kernel"]
 
 
+def test_groups_with_the_names_of_parameters_are_found():
+    params = PARAMS["dense"]
+    tx = optax.partition({"bias": TX, "kernel": TX}, {"bias": "bias", "kernel": "kernel"})
+    history, state = og.History(params=params), tx.init(params)
+    for step, each in enumerate([TX.init(params), state, TX.init(params), state]):
+        history.append(step, each)
+    whole, parts = history.records[:2]
+    assert set(og.metrics(state)) == {name for name in parts if name.startswith("guard/")}
+    assert history.records[2:] == [whole | {"step": 2}, parts | {"step": 3}]
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_replicated_states_and_scalars_of_another_device_come_in_one_record(kind):
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(kind,))

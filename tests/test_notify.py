@@ -79,6 +79,39 @@ def test_of_many_devices_one_calls():
         assert calls == [(0, og.SkipReason.GRADIENT, ("out",))]
 
 
+def test_a_call_keeps_steps_on_the_fast_way_into_compiled_functions():
+    """JAX leaves it for programs with effects."""
+    tx, _ = listening()
+    assert not jax.make_jaxpr(tx.update)(PARAMS, tx.init(PARAMS)).effects
+
+
+def test_it_calls_once_whatever_is_kept_of_a_step_and_however_often_that_is_traced():
+    tx, calls = listening()
+    jax.jit(lambda bad: tx.update(bad, tx.init(bad))[1].guard_step)(BAD)
+    jax.effects_barrier()
+    assert len(calls) == 1
+    tx = og.rollback(og.backoff(tx))  # which traces it twice
+    jax.jit(tx.update)(BAD, tx.init(PARAMS), PARAMS)
+    jax.effects_barrier()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("gradients", [PARAMS, BAD])
+def test_derivatives_are_those_without_it(gradients):
+    def total(size, tx):
+        moved = jax.tree.map(lambda leaf: leaf + size, gradients)
+        updates, state = tx.update(moved, tx.init(PARAMS))
+        return optax.tree.sum(updates), state
+
+    tx, calls = listening()
+    for derivative in (jax.grad, jax.jacfwd):
+        found, state = derivative(total, has_aux=True)(2.0, tx)
+        assert found == derivative(total, has_aux=True)(2.0, og.guard(optax.sgd(0.1)))[0]
+        jax.effects_barrier()
+        assert len(calls) == int(state.skipped_total)
+        calls.clear()
+
+
 def test_a_trainer_that_hides_its_state_is_told():
     """As NumPyro, Flowjax and others: the loop and the state are the trainer's own."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,7 +150,12 @@ def refuse_batched(function: str, count: Any) -> None:
 
 def refuse_tracers(function: str, tree: Any) -> None:
     """Raises inside ``jit`` for a function of the host."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
+    refuse_traced(function, jax.tree.leaves(tree))
+
+
+def refuse_traced(function: str, leaves: Sequence[Any]) -> None:
+    """The same for single arrays."""
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError(
             f"og.{function} runs on the host and needs values, not tracers. Call it outside of "
             "jit, with what the jitted function returns; og.metrics and og.step_ok work inside."

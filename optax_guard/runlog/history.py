@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from optax_guard._core.checks import check_count, shown
-from optax_guard.reading.find import refuse_tracers
+from optax_guard.reading.find import refuse_traced, refuse_tracers
 from optax_guard.reading.names import NamedLeaf, gradient_leaves
 from optax_guard.runlog import file as _file
 from optax_guard.runlog.fetch import (
@@ -23,6 +23,8 @@ from optax_guard.runlog.fetch import (
     Pending,
     Record,
     find_layout,
+    keys_of_arrays,
+    outline,
 )
 from optax_guard.runlog.log import Log, as_sinks
 from optax_guard.runlog.scalars import check_step, split_scalars
@@ -107,6 +109,7 @@ class History:
         self._every = int(every)
         self._leaves = None if params is None else _outlines(params)
         self._layouts: dict[Any, Layout] = {}
+        self._known: frozenset[tuple[Any, ...]] = frozenset()
         self._is_recording = jax.process_index() == 0
         self._is_torn = False
         path = None if path is None else Path(path)
@@ -143,13 +146,16 @@ class History:
             known[STEP] = int(step)
         if opt_state is None:
             return self._log.add(Pending(known, arrays), self._every)
-        leaves, treedef = jax.tree.flatten(opt_state)
+        leaves, treedef = outline(opt_state, self._known)
         layout = self._layouts.get(treedef)
         if layout is None or not layout.matches(leaves):
-            refuse_tracers("History.append", leaves)
-            layout = self._layouts[treedef] = find_layout(opt_state, self._leaves)
+            refuse_tracers("History.append", opt_state)
+            self._known |= keys_of_arrays(opt_state)
+            leaves, treedef = outline(opt_state, self._known)
+            layout = find_layout(opt_state, self._leaves, self._known)
+            self._layouts[treedef] = layout
         vectors = layout.pick(leaves)
-        refuse_tracers("History.append", vectors)
+        refuse_traced("History.append", vectors)
         if layout.about.leaf_names or not self._log.about.leaf_names:
             self._log.about = layout.about
         return self._log.add(Pending(known, arrays, layout, vectors), self._every)

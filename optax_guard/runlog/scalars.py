@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from optax_guard._core.checks import shown
 from optax_guard._core.find import own_states
-from optax_guard.reading.find import refuse_tracers
+from optax_guard.reading.find import refuse_traced, refuse_tracers
 from optax_guard.runlog.fetch import FAULT_LEAVES, FAULT_STEPS, LEAF_NORMS, STEP, Record
 
 _RESERVED = (STEP, LEAF_NORMS, FAULT_LEAVES, FAULT_STEPS)
@@ -26,13 +27,15 @@ def split_scalars(scalars: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
     """
     known: Record = {}
     arrays = {}
-    refuse_tracers("History.append", list(scalars.values()))
+    refuse_traced("History.append", list(scalars.values()))
     for name, value in scalars.items():
         if name in _RESERVED:
             raise ValueError(f"{name!r} is a name that og.History uses itself; take another one.")
         if isinstance(value, jax.Array) and value.ndim == 0 and _is_real(value.dtype):
             arrays[name] = value
-        elif np.ndim(value):
+            continue
+        refuse_tracers("History.append", value)
+        if np.ndim(value):
             raise ValueError(
                 f"{name} must be a scalar, got an array of shape {np.shape(value)}. Record its "
                 "mean, or its elements under names of their own."
@@ -62,6 +65,7 @@ def check_step(step: Any) -> None:
         raise TypeError(f"step must be an integer, got {shown(step)}.{hint}")
 
 
+@functools.cache
 def _is_real(dtype: Any) -> bool:
     real = (jnp.floating, jnp.integer, jnp.bool_)
     return dtype.kind in "fiub" or any(jnp.issubdtype(dtype, kind) for kind in real)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -16,6 +17,18 @@ from optax_guard._core.trees import FloatLeaves
 from optax_guard.wrappers.guard_state import GuardState
 from optax_guard.wrappers.reasons import SkipReason
 
+_IS_QUIET = contextvars.ContextVar("is_quiet", default=False)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No guard calls in a step that is traced for its verdict only."""
+    token = _IS_QUIET.set(True)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(token)
+
 
 def call_host(
     notify: Callable[..., Any],
@@ -23,8 +36,15 @@ def call_host(
     gradients: FloatLeaves,
     groups: Groups,
     axes: MeshAxes,
-) -> None:
-    """Calls ``notify`` on the host, on a skip only, and from one device."""
+) -> GuardState:
+    """Calls ``notify`` on the host, on a skip only, and from one device; returns the state.
+
+    Outside of ``shard_map`` the call hands the state's numbers back, which makes it data to JAX.
+    For a call that returns nothing JAX would leave its fast way into compiled functions, at every
+    step: 10 ms instead of 4.6 with 74 parameters.
+    """
+    if _IS_QUIET.get():
+        return state
     names = np.asarray(groups.row_names(gradients.names()), object)
 
     def call(step, reason, flags):
@@ -32,14 +52,23 @@ def call_host(
             found = tuple(names[np.asarray(flags)])
             notify(int(step), SkipReason(int(reason)), found)
 
-    is_mine = jnp.asarray(True)
+    def call_and_return(integers, *told):
+        call(*told)
+        return np.asarray(integers)
+
+    step = state.guard_step - 1  # counted from 0, as in ``explain``
+    told = (step, state.skip_reason, state.last_fault_leaves)
+    if not axes.names:
+        outline = jax.ShapeDtypeStruct(state.integers.shape, state.integers.dtype)
+
+        def tell(*operands):
+            return jax.pure_callback(call_and_return, outline, *operands, vmap_method="sequential")
+
+        operands = (state.integers, *told)
+        integers = lax.cond(state.last_step_skipped, tell, lambda first, *_: first, *operands)
+        return state._replace(integers=integers)
+    is_mine = state.last_step_skipped
     for name in axes.names:
         is_mine &= lax.axis_index(name) == 0
-    lax.cond(
-        state.last_step_skipped & is_mine,
-        lambda *numbers: jax.debug.callback(call, *numbers),
-        lambda *numbers: None,
-        state.guard_step - 1,  # counted from 0, as in ``explain``
-        state.skip_reason,
-        state.last_fault_leaves,
-    )
+    lax.cond(is_mine, lambda *told: jax.debug.callback(call, *told), lambda *_: None, *told)
+    return state

@@ -161,21 +161,23 @@ def measured_response(
       gradient_norms: ``[rows]``, of what the change answers to.
       state: before this step.
     """
-    before = Response(state.response, state.linearity, state.weight_norms)
+
+    def before():  # in the branches, so that one vector goes into them
+        return Response(state.response, state.linearity, state.weight_norms)
 
     def found(squared_sums):
-        return _response_to(gradient_norms, jnp.sqrt(squared_sums), state.initial_norms, before)
+        return _response_to(gradient_norms, jnp.sqrt(squared_sums), state.initial_norms, before())
 
     if not probe.axes.names:
         return lax.cond(
             is_due,
             lambda *probed: found(probe.squared_sums(*probed)),
-            lambda *_: before,
+            lambda *_: before(),
             *probed,
         )
     # All devices communicate in every step, and none of them in a branch.
     sums = probe.axes.psum(lax.cond(is_due, probe.squared_sums, probe.nothing, *probed))
-    return tree_where(is_due, found(sums), before)
+    return tree_where(is_due, found(sums), before())
 
 
 def _response_to(

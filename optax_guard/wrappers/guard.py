@@ -83,9 +83,8 @@ def guard(
     set for good; nothing else changes, and :func:`check` raises on the host. The first step is
     judged like every other.
 
-    When a gradient is non-finite, parameters and inner state are looked at too. If one of them
-    was non-finite already, reason 16 is added and ``gave_up`` set at once: no later step can
-    heal it.
+    When a gradient is non-finite, parameters and inner state are looked at too. If one of them was
+    non-finite already, reason 16 is added and ``gave_up`` set at once: no later step can heal it.
 
     A guard protects what is inside of it and sees nothing of what it stands in. Behind an
     optimizer, as in ``chain(optimizer, guard(...))``, it comes too late; in front of one, the zeros
@@ -107,7 +106,8 @@ def guard(
         faults named, layer by layer: ``layers/kernel[3]``. None: none does.
       notify: ``(step, reason, names of the non-finite rows) -> None``, called on the host at a
         skip, for trainers that hide the optimizer's state. Steps count from 0, as in
-        :func:`explain`. A healthy step calls nothing and waits for nothing.
+        :func:`explain`. A healthy step calls nothing and waits for nothing, but XLA:CPU runs what
+        may call in the thread that asks for it, so that nothing is prepared meanwhile.
       axis_name: mesh axes over which the updates are sharded inside ``shard_map`` or ``pmap``;
         all devices then take the same decision, in one all-reduce. Reason 16 is then looked for
         where gradients are non-finite, and on all devices in the step after. Not needed under
@@ -220,7 +220,7 @@ def guard(
         new_updates, inner_state = run(proposal, verdict.ok, reader, reading)
         new_state = _record(state, inner_state, reading, verdict, reader.call)
         if listener is not None:
-            call_host(listener, new_state, gradients, groups, axes)
+            new_state = call_host(listener, new_state, gradients, groups, axes)
         return new_updates, new_state
 
     def _record(state, inner_state, reading, verdict, call):

@@ -18,6 +18,7 @@ from optax_guard._core.inner import tolerant_update
 from optax_guard._core.states import Entry, PackedState, flag
 from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
+from optax_guard.wrappers._notify import quietly
 from optax_guard.wrappers._verdict import require_guard, verdict
 
 
@@ -151,7 +152,8 @@ def rollback(
         axes = resolve_axes(axis_name, split.paths, split.arrays, what="parameter")
         # Traced twice: of this one only the verdict is used, and XLA drops the rest. To know it
         # before anything of the old state is overwritten saves copies of all of that.
-        judged = inner_update(updates, state.inner_state, params, **extra_args)
+        with quietly():
+            judged = inner_update(updates, state.inner_state, params, **extra_args)
         is_skipped, is_healthy = verdict(state.inner_state, judged[1])
         in_a_row = jnp.where(is_skipped, increment(state.bad_in_a_row), 0)
         in_a_row = jnp.where(is_skipped | is_healthy, in_a_row, state.bad_in_a_row)
@@ -195,8 +197,7 @@ def rollback(
             )
 
         since = jnp.where(is_taken | returns, 0, since)
-        quiet = jnp.where(is_skipped, 0, healthy_in_a_row)
-        total = state.rollbacks_total
+        quiet, total = jnp.where(is_skipped, 0, healthy_in_a_row), state.rollbacks_total
         return new_updates, RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=snapshot.params,
@@ -260,11 +261,9 @@ def _take_snapshot(
     return snapshot, with_optimizer_part(state.inner_state, passed), is_taken
 
 
-def _select(condition: jax.Array, new: Any, old: Any) -> Any:
-    def choose(new, old):
-        return old if old.dtype == jax.dtypes.float0 else lax.select_n(condition, old, new)
-
-    return jax.tree.map(choose, new, old)
+def _select(flag: jax.Array, new: Any, old: Any) -> Any:
+    is_none = jax.dtypes.float0
+    return jax.tree.map(lambda n, o: o if o.dtype == is_none else jnp.where(flag, n, o), new, old)
 
 
 def _return(updates: Any, params: Any, state: RollbackState) -> Any:
