@@ -95,18 +95,19 @@ def cost(folder: Path) -> str:
             sentences.append(
                 f"On an H100 steps take {', '.join(ratios[:3])} and {ratios[3]} times."
             )
-    if calls := _variants(folder, "call_overhead", "setup", "call, 64-64-10"):
-        gpu = _variants(folder, "call_overhead", "setup", "call, 64-64-10", "gpu")
-        over = [
-            f"{found[name]['over_guarded_clip']:.1f}"
-            for found in (calls, gpu)
-            for name in ("og.guard", "og.stabilize")
-            if found
-        ]
-        there = f", on an H100 {over[2]} and {over[3]} times" if gpu else ""
+    tiny, found = "call, 64-64-10", []
+    for where, setup, platform in (
+        ("on two cores", tiny, "cpu"),
+        ("on one", f"{tiny}, one core", "cpu"),
+        ("on an H100", tiny, "gpu"),
+    ):
+        if calls := _variants(folder, "call_overhead", "setup", setup, platform):
+            over = [calls[name]["over_guarded_clip"] for name in ("og.guard", "og.stabilize")]
+            found.append(f"{over[0]:.1f} and {over[1]:.1f} {where}")
+    if found:
         sentences.append(
-            "On a tiny network the call itself is what takes time: on 64-64-10 it takes "
-            f"{over[0]} and {over[1]} times as long with them as with Optax's guarded clip{there}."
+            "On a tiny network the call itself is what takes time. With them it takes, as a multiple "
+            f"of that of Optax's guarded clip and for 64-64-10, {', '.join(found)}."
         )
     return _wrap(" ".join(sentences))
 
