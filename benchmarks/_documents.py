@@ -103,11 +103,11 @@ def cost(folder: Path) -> str:
     ):
         if calls := _variants(folder, "call_overhead", "setup", setup, platform):
             over = [calls[name]["over_guarded_clip"] for name in ("og.guard", "og.stabilize")]
-            found.append(f"{over[0]:.1f} and {over[1]:.1f} {where}")
+            found.append(f"{where} {over[0]:.1f} and {over[1]:.1f}")
     if found:
         sentences.append(
-            "On a tiny network the call itself is what takes time. With them it takes, as a multiple "
-            f"of that of Optax's guarded clip and for 64-64-10, {', '.join(found)}."
+            "On a tiny network, such as 64-64-10, the call itself is what takes time: "
+            f"with them, {', '.join(found)} times that with Optax's guarded clip."
         )
     return _wrap(" ".join(sentences))
 

@@ -81,7 +81,7 @@ def test_history_script_compares_loops_that_record_with_one_that_does_not(tmp_pa
     picture = tmp_path / "picture.png"
     rows, _ = run_quickly(history_cost, tmp_path, "--plot", str(picture))
     assert rows[0]["variant"] == "no record" and rows[0]["ratio"] == 1
-    assert sum(row["is_ours"] for row in rows) == 3
+    assert sum(row["is_ours"] for row in rows) == 4
     spent = {row["variant"]: row["record_seconds"] for row in rows}
     assert all(seconds >= 0 for seconds in spent.values())
     assert spent["og.History, file, every step"] > spent["no record"]

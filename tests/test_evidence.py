@@ -181,5 +181,5 @@ def test_write_fills_the_documents(tmp_path, monkeypatch, capsys):
     summary.main(["--write", "--folder", str(RESULTS)])
     written = (tmp_path / "README.md").read_text()
     assert written.startswith("Before\n<!-- begin cost -->\nAdamW on a transformer's")
-    assert written.endswith(" times.\n<!-- end cost -->\nAfter\n")
+    assert written.endswith(" clip.\n<!-- end cost -->\nAfter\n")
     assert "Written: README.md" in capsys.readouterr().out
