@@ -72,10 +72,10 @@ class History:
       OSError: if the file cannot be opened.
 
     Cost: a call that records takes the host 0.1 ms (6 arrays) to 0.25 ms (148 arrays, Adam) with
-    warm caches, and 0.6 ms between the steps of a loop on two busy CPU cores (74 parameters, with a
-    file); the others 2 µs. With ``every=10`` that is 0.9 % of a step of 7 ms on the host, and less
-    of the step itself where the host runs ahead of the device (``benchmarks/history_cost.py``). The
-    first call compiles what later ones run.
+    warm caches, and between the steps of a loop on two CPU cores (74 parameters) 0.5 ms, with a
+    file 0.65 ms; the others 2 µs. With ``every=10`` that is 1.2 and 1.4 % of a step of 4.5 ms on
+    the host, and less of the step itself where the host runs ahead of the device
+    (``benchmarks/history_cost.py``). The first call compiles what later ones run.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
