@@ -45,8 +45,19 @@ def walk(tx: optax.GradientTransformation) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize("is_guarded", [False, True], ids=["alone", "guarded"])
-@pytest.mark.parametrize("name", RULES)
+PAIRS = [
+    pytest.param(
+        name,
+        is_guarded,
+        id=f"{name}-{'guarded' if is_guarded else 'alone'}",
+        marks=[pytest.mark.slow] * ((number + is_guarded) % 2),
+    )
+    for number, name in enumerate(RULES)
+    for is_guarded in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "is_guarded"), PAIRS)
 def test_one_vector_gives_what_arrays_apart_give(name, is_guarded, monkeypatch):
     def make():
         tx = RULES[name]()
