@@ -79,6 +79,22 @@ def test_of_many_devices_one_calls():
         assert calls == [(0, og.SkipReason.GRADIENT, ("out",))]
 
 
+def test_gradients_may_be_averaged_where_some_axes_are_left_to_jit():
+    """Where JAX has no call that returns something."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tx, calls = listening()
+
+    def step(gradients):
+        gradients = jax.lax.pmean(gradients, "x")
+        return tx.update(gradients, tx.init(gradients))[1].skipped_total
+
+    specs = {"layers": P(), "out": P("x")}
+    step = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=P(), axis_names={"x"})
+    assert int(jax.jit(step)(BAD)) == 1
+    jax.effects_barrier()
+    assert set(calls) == {(0, og.SkipReason.GRADIENT, ("layers",))}
+
+
 def test_a_call_keeps_steps_on_the_fast_way_into_compiled_functions():
     """JAX leaves it for programs with effects."""
     tx, _ = listening()
