@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import optax_guard as og
+from optax_guard._core.arrays import rounded
 
 SHAPES = {"bias": (5,), "kernel": (4, 3), "conv": (2, 2, 1, 3)}
 # The contract's bound on clipped and normalised norms.
@@ -204,6 +205,25 @@ def test_columns_of_very_different_scale_keep_their_own_norms():
 def test_float16_norm_beyond_255_does_not_overflow():
     result = clipped({"w": jnp.full((4,), 300, jnp.float16)}, 1.0, "global")
     assertions.assert_same_bits(result, {"w": jnp.full((4,), 0.5, jnp.float16)})
+
+
+def test_rounding_to_bfloat16_is_that_of_jax_for_every_kind_of_number():
+    random = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    ties = (np.arange(2**16, dtype=np.uint32) << 16) + 0x8000
+    bits = np.concatenate([random, ties, ties - 1, ties + 1, ties - 0x8000])
+    numbers = jnp.asarray(bits.view(np.float32))
+    found = jax.jit(lambda x: rounded(x, jnp.bfloat16))(numbers)
+    wanted = numbers.astype(jnp.bfloat16)
+    is_number = ~np.isnan(wanted)
+    np.testing.assert_array_equal(np.isnan(found), ~is_number)
+    assertions.assert_same_bits(found[is_number], wanted[is_number])
+
+
+def test_rounding_to_bfloat16_has_the_derivative_of_a_conversion():
+    x, along = jnp.float32(1.0), jnp.float32(3.0)
+    _, moved = jax.jvp(lambda x: rounded(x, jnp.bfloat16), (x,), (along,))
+    assert (moved, moved.dtype) == (3.0, jnp.bfloat16)
+    assert jax.grad(lambda x: rounded(x, jnp.bfloat16).astype(jnp.float32))(x) == 1.0
 
 
 def test_bfloat16_sums_lose_no_terms():

@@ -78,7 +78,34 @@ def times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
         # A complex product would turn Inf into NaN and -0.0 into 0.0.
         return lax.complex(times(leaf.real, factor), times(leaf.imag, factor))
     wide = promote(leaf.dtype, factor.dtype)
-    return (leaf.astype(wide) * factor).astype(leaf.dtype)
+    return rounded(leaf.astype(wide) * factor, leaf.dtype)
+
+
+def rounded(wide: jax.Array, dtype: Any) -> jax.Array:
+    """``wide.astype(dtype)``, in a form that XLA:CPU fuses where the result is used twice.
+
+    For it the conversion to bfloat16 is dear; it writes scaled gradients to memory, and a step of
+    AdamW takes 1.8 times as long. Whole numbers in its place make that 1.06.
+    """
+    is_dear = wide.dtype == jnp.float32 and dtype == jnp.bfloat16
+    return _to_bfloat16(wide) if is_dear else wide.astype(dtype)
+
+
+@jax.custom_jvp
+def _to_bfloat16(wide: jax.Array) -> jax.Array:
+    def on_cpu(wide):
+        bits = lax.bitcast_convert_type(wide, jnp.uint32)
+        upper = bits >> 16
+        to_nearest = (bits + 0x7FFF + (upper & 1)) >> 16  # of two that are as near, the even one
+        upper = jnp.where(jnp.isnan(wide), upper | 0x40, to_nearest)  # quiet, and no carry
+        return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+    return lax.platform_dependent(wide, cpu=on_cpu, default=lambda x: x.astype(jnp.bfloat16))
+
+
+@_to_bfloat16.defjvp
+def _to_bfloat16_jvp(primals, tangents):
+    return _to_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def is_partitioned(leaf: Any) -> bool:

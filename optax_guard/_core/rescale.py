@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_guard._core.arrays import promote
+from optax_guard._core.arrays import promote, rounded
 from optax_guard._core.groups import Groups
 
 
@@ -70,7 +70,7 @@ def scale_by(leaf: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         # A complex product would turn Inf into NaN and -0.0 into 0.0.
         real, imag = (scale_by(part, first, second) for part in (leaf.real, leaf.imag))
         return lax.complex(real, imag)
-    return ((widen(leaf, first.dtype) * first) * second).astype(leaf.dtype)
+    return rounded((widen(leaf, first.dtype) * first) * second, leaf.dtype)
 
 
 class Scaling(NamedTuple):
