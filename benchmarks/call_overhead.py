@@ -171,6 +171,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slice-seconds", type=float, help="of one variant in a round")
     _harness.add_output_arguments(parser, "call_overhead", plot=False)
     arguments = parser.parse_args(argv)
+    if arguments.one_core and not hasattr(os, "sched_setaffinity"):
+        parser.error("--one-core needs Linux; without it, keep the process to a core yourself.")
     if arguments.rounds is None:
         arguments.rounds = 3 if arguments.quick else 40
     if arguments.slice_seconds is None:

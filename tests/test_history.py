@@ -205,6 +205,16 @@ def test_groups_with_the_names_of_parameters_are_found():
     assert history.records[2:] == [whole | {"step": 2}, parts | {"step": 3}]
 
 
+def test_a_condition_may_remember_an_array():
+    counting = og.Condition("never", lambda: jnp.zeros(2), lambda norm, value, n: (norm < 0, n + 1))
+    tx = og.guard(optax.adam(0.1), skip_if=counting)
+    history, state = og.History(params=PARAMS), tx.init(PARAMS)
+    for step in range(2):
+        _, state = tx.update(PARAMS, state, PARAMS)
+        history.append(step, state)
+    assert [entry["guard/guard_step"] for entry in history.records] == [1, 2]
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_replicated_states_and_scalars_of_another_device_come_in_one_record(kind):
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(kind,))

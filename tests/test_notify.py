@@ -112,6 +112,26 @@ def test_it_calls_once_whatever_is_kept_of_a_step_and_however_often_that_is_trac
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("axis_name", [None, "x"])
+def test_a_clip_that_probes_the_guard_inside_calls_nobody(axis_name):
+    options = {"axis_name": axis_name}
+    tx, calls = listening(skip_if=og.norm_above(20.0), **options)
+    tx = og.clip_by_update_ratio(tx, **options)  # probes with 1000 times the gradient
+
+    def step(gradients):
+        _, state = tx.update(gradients, tx.init(gradients), gradients)
+        return state.response, state.linearity
+
+    if axis_name:
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P("x"),), out_specs=P())
+    response, linearity = jax.jit(step)({"w": jnp.ones((8, 4))})
+    jax.effects_barrier()
+    assert calls == []
+    np.testing.assert_allclose(response, 0.1, rtol=1e-5)
+    assert linearity == 1  # so long a gradient was skipped, which is no answer
+
+
 @pytest.mark.parametrize("gradients", [PARAMS, BAD])
 def test_derivatives_are_those_without_it(gradients):
     def total(size, tx):

@@ -143,11 +143,12 @@ def _select_leaves(
         zip(leaves[num_updates:], plan.old_state, strict=True)
     ):
         old = arguments[index]
-        state.append(leaf if position in done else _keep_unless(ok, leaf, old))
+        state.append(leaf if position in done else keep_unless(ok, leaf, old))
     return updates + state
 
 
-def _keep_unless(ok: jax.Array, new: Any, old: Any) -> Any:
+def keep_unless(ok: jax.Array, new: Any, old: Any) -> Any:
+    """``where(ok, new, old)`` for arrays of any kind, in the dtype of ``old``."""
     if _is_float0(old):
         return old
     if new.dtype != old.dtype:

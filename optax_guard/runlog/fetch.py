@@ -136,7 +136,7 @@ def outline(opt_state: Any, known: frozenset[tuple[Any, ...]]) -> tuple[list[Any
 def keys_of_arrays(opt_state: Any) -> frozenset[tuple[Any, ...]]:
     """Keys of the dicts that hold nothing but arrays, such as moments; none of this library's."""
     fields = [value for state in own_states(opt_state) for value in state]
-    own = {id(value) for value in fields if type(value) is dict}
+    own = {id(value) for value in fields if type(value) is dict}  # states of conditions, by name
     found: set[tuple[Any, ...]] = set()
 
     def is_one(node):

@@ -16,6 +16,7 @@ from optax_guard._core.collectives import vary_over
 from optax_guard._core.groups import Groups
 from optax_guard._core.inner import gradient_like
 from optax_guard._core.trees import float_leaves
+from optax_guard.wrappers._notify import quietly
 
 FAR = 1e3  # times the gradient: where an optimizer that bounds its steps answers no more than once
 
@@ -49,7 +50,9 @@ class Probe(NamedTuple):
         weights = zeros if params is None else split.matching(gradient_like(params))
 
         def answer(arrays):
-            moved, _ = self.update(split.replace(arrays), inner_state, params, **self.extra_args)
+            gradients = split.replace(arrays)
+            with quietly():
+                moved, _ = self.update(gradients, inner_state, params, **self.extra_args)
             return split.matching(gradient_like(moved))
 
         resting = answer(zeros)

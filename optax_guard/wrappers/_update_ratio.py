@@ -194,7 +194,8 @@ def _response_to(
     change = relative(change_norms)
     response = safe_ratio(change, relative(gradient_norms))
     linearity = safe_ratio(relative(far_norms), FAR * change)
-    knows_far = (change > 0) & jnp.isfinite(linearity)
+    # No change at all is no answer: a guard inside has skipped so long a gradient.
+    knows_far = (change > 0) & (linearity > 0) & jnp.isfinite(linearity)
     return Response(
         jnp.where(jnp.isfinite(response), response, before.response),
         jnp.where(knows_far, linearity, before.linearity),

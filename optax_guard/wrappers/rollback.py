@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from optax_guard._core.checks import check_axis_name, check_count, check_transfo
 from optax_guard._core.find import optimizer_part, with_optimizer_part
 from optax_guard._core.finite import is_nonfinite, stack_flags
 from optax_guard._core.inner import tolerant_update
+from optax_guard._core.interpret import keep_unless
 from optax_guard._core.states import Entry, PackedState, flag
 from optax_guard._core.transformation import require_params, transformation
 from optax_guard._core.trees import float_leaves, is_inexact, strong
@@ -192,12 +194,13 @@ def rollback(
             )
         else:  # no collective may sit in a branch
             step = forward(updates, state)
-            new_updates, inner_state, snapshot_state = _select(
-                returns, go_back(step, state), go_on(step, state)
+            new_updates, inner_state, snapshot_state = jax.tree.map(
+                functools.partial(keep_unless, returns), go_back(step, state), go_on(step, state)
             )
 
         since = jnp.where(is_taken | returns, 0, since)
-        quiet, total = jnp.where(is_skipped, 0, healthy_in_a_row), state.rollbacks_total
+        quiet = jnp.where(is_skipped, 0, healthy_in_a_row)
+        total = state.rollbacks_total
         return new_updates, RollbackState.pack(
             inner_state=inner_state,
             snapshot_params=snapshot.params,
@@ -259,11 +262,6 @@ def _take_snapshot(
         is_taken, lambda new, old: (new, new.state), lambda new, old: (old, new.state), new, old
     )
     return snapshot, with_optimizer_part(state.inner_state, passed), is_taken
-
-
-def _select(flag: jax.Array, new: Any, old: Any) -> Any:
-    is_none = jax.dtypes.float0
-    return jax.tree.map(lambda n, o: o if o.dtype == is_none else jnp.where(flag, n, o), new, old)
 
 
 def _return(updates: Any, params: Any, state: RollbackState) -> Any:
