@@ -12,7 +12,7 @@ text, and (skipped steps):
                               no fault    empty     exploding
     no protection             2.02 (0)     dead      3.84 (0)
     optax.zero_nans + clip 1  2.02 (0)   2.03 (0)    2.11 (0)
-    og.stabilize              2.00 (0)   2.02 (6)    2.07 (0)
+    og.stabilize              2.02 (0)   2.03 (6)    2.03 (0)
     og.guard + z-score        2.02 (0)   2.03 (6)    2.04 (0)
 
 Adam bounds the length of a step, and still a burst ruins it: three steps lead far off, and then the

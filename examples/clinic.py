@@ -11,16 +11,16 @@ of 8 seeds; NaN: no seed has finite parameters at the end; some of the thirteen 
 
                               none lr/10 Adam value norm normalize update  relative
                                                  .5    1         1  ratio    change
-    20x32 relu, He              16    32   84    22   58        59     47        53
-    20x32 PReLU, He             19    75   91    31   80        80     87        77
-    20x32 relu, N(0,1)         NaN   NaN   17     8   13        13     11         8
-    64-128-64-10 relu, N(0,1)   74    90   86    96   81        81     95        92
+    20x32 relu, He              16    32   84    22   58        60     42        53
+    20x32 PReLU, He             19    75   91    31   79        79     76        77
+    20x32 relu, N(0,1)         NaN   NaN   17     8   12        12     12         8
+    64-128-64-10 relu, N(0,1)   74    90   86    96   81        81     94        92
     64-128-64-10 relu, He       97    86   98    97   97        97     97        97
-    20x32 tanh + BN, U(±.05)    18    84   77    19   77        77     85        33
-    20x32 tanh + BN, He         94    80   93    94   88        88     92        93
+    20x32 tanh + BN, U(±.05)    18    84   77    19   77        77     88        33
+    20x32 tanh + BN, He         94    80   93    94   88        88     94        93
     20x32 tanh, U(±.05)          8     8    8     8    8         9      8         8
     20x32 sigmoid, Xavier        9     8    8     9    9        10      9         9
-    20x32 tanh, Xavier          82    61   89    84   82        82     83        84
+    20x32 tanh, Xavier          82    61   89    84   82        82     84        84
 
 A network that explodes later in training is helped by a clip, more by Adam or RMSprop. A hopeless
 initialisation is kept finite and not cured. No scaling of gradients brings back what has vanished

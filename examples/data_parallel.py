@@ -11,8 +11,8 @@ all processes; the guard judges the sum, so that all of them skip the step witho
 between them. Expected, with digests of your own that agree between the rows:
 
     process resumed skipped last fault accuracy parameters   optimizer state
-          0       -       1         26   97.2 % 39affeafe578 eeb5173822c0
-          1       -       1         26   97.2 % 39affeafe578 eeb5173822c0
+          0       -       1         26   96.9 % bfe894e74898 0767e8c70fc4
+          1       -       1         26   96.9 % bfe894e74898 0767e8c70fc4
 
 Every 20 steps Orbax saves parameters and optimizer state, the guard's counters included, while the
 training goes on. The second command kills the last process with SIGKILL before step 250 (with

@@ -12,7 +12,7 @@ that the parameters are NaN. Expected, in per cent of the test digits, median of
     no protection             98.1 (97)   dead       dead    8.3 (8)    7.8 (8)
     optax.apply_if_finite(5)  98.1 (97) 98.3 (96)    dead    8.3 (8)    7.8 (8)
     optax.zero_nans + clip 1  97.8 (97) 98.1 (97) 96.7 (96) 97.8 (97)  98.1 (98)
-    og.stabilize              98.1 (97) 98.3 (96) 97.2 (95) 98.1 (97)  98.3 (98)
+    og.stabilize              98.1 (97) 98.3 (96) 97.2 (95) 98.1 (97)  98.3 (97)
     og.guard + z-score        97.8 (97) 98.3 (97) 97.2 (97) 97.8 (8)    8.9 (8)
     og.guard + z-score, ≤ 1   97.8 (97) 98.1 (97) 96.9 (96) 97.8 (97)  98.1 (98)
     og.guard + normalize to 1 96.9 (95) 97.5 (96) 97.2 (96) 97.5 (95)  97.5 (96)
