@@ -15,7 +15,7 @@ predicting the mean gives 0.962:
     clip_by_zscore            0.801  0.744  0.633   14.1    0.575  0.652   1.95   14.4
     clip_by_param_norm, rows  0.885  0.839  0.805  0.695    0.602  0.698   1.71   11.4
     clip_by_relative_change   0.802  0.802  0.803  0.803    0.582  0.588  0.586  0.588
-    og.stabilize              0.801  0.737  0.633  0.568    0.570  0.656   1.76   12.2
+    og.stabilize              0.800  0.738  0.633  0.568    0.570  0.656   1.92   13.2
 
 Adam undoes most of what is done to the length of a gradient before it, so that none of the clips
 in front saves its high rates. `clip_by_relative_change`, which acts on the update itself, makes
