@@ -28,9 +28,10 @@ on its way through the layers; Xavier instead of U(±.05), tanh instead of sigmo
 does. A clip is not free: a healthy deep network with BatchNorm loses some points. The script ends
 with the same advice, drawn from the figures of its own run.
 
-In the regressor (relu, He) the right limit is far from 1: after 300 steps `clip_by_norm(1)` explains
-6 % of the variance, lr/10 95 %, `clip_by_relative_change()` 93 % and `clip_by_update_ratio`, the
-default, 74 %, where plain SGD is NaN; with weights from U(±.05) the default explains 7 %.
+In the regressor (relu, He) the right limit is far from 1: after 300 steps `clip_by_norm(1)`
+explains 6 % of the variance, lr/10 95 %, `clip_by_relative_change()` 93 % and
+`clip_by_update_ratio`, the default, 74 %, where plain SGD is NaN; with weights from U(±.05) the
+default explains 7 %.
 """
 
 from __future__ import annotations
